@@ -1,0 +1,31 @@
+"""Every exception the library raises on purpose.
+
+Each message names the argument, what it was, what was expected and what to do about it, and is
+raised before any state changes.
+"""
+
+from __future__ import annotations
+
+
+class MALError(Exception):
+    """Base of all errors raised by ``mal_kernels``."""
+
+
+class ArgumentError(MALError, ValueError):
+    """An argument has the wrong shape, dtype, device, range or value."""
+
+
+class BackendUnavailable(MALError, RuntimeError):
+    """An explicitly requested backend cannot serve this call; the message says what is missing."""
+
+
+class HostError(MALError, ValueError):
+    """The host model, the injection site or the prompt given to the host cannot work with MAL."""
+
+
+class CheckpointError(MALError, ValueError):
+    """A saved adapter or dialogue state is corrupt, foreign, or of another configuration."""
+
+
+class AudioFileError(MALError, ValueError):
+    """An audio file cannot be read or holds no samples."""

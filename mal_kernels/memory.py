@@ -1,0 +1,261 @@
+"""NeuralMemory: the layer around the ops, from hidden states to hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .errors import ArgumentError
+from .ops import MemoryUpdate, ReadParams
+from .reference import RMS_NORM_EPS
+from .state import MemoryState
+
+
+class NeuralMemory(nn.Module):
+    """A Titans neural memory (arXiv 2501.00663) as a plain module: state in, state out.
+
+    Hidden states are RMS-normalised and projected to q, k, v (q and k L2-normalised) and to the
+    gates ``lr = max_lr·σ``, ``momentum = σ``, ``decay = σ``. The read is gated,
+    ``W_out (y ⊙ silu(W_gate x))``. Decay pulls toward the learned initial weights.
+
+    With ``step="token"`` this is the causal Titans layer. With ``step="chunk"`` momentum and decay
+    act once per chunk (their logits averaged over its tokens) and ``lr`` is divided by the chunk's
+    number of tokens: a chunk writes the *mean* gradient, whatever its length. Memory-as-a-Layer
+    uses that with ``chunk_size=None``, one step per turn.
+
+    Args:
+        hidden_size: features ``Dm`` of the hidden states.
+        heads: independent memories ``H``.
+        head_dim: features ``D`` of a head's keys and values.
+        expansion: hidden width of the memory network, ``E = expansion · D``.
+        depth: layers of the memory network; 1 is a linear memory, which starts at zero.
+        activation: gelu (erf), gelu_tanh, silu or relu.
+        residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))`` with γ a fast weight.
+        step: ``"token"`` or ``"chunk"``.
+        chunk_size: tokens between refreshes of the gradient's anchor; None: one chunk per call.
+        max_lr: upper bound of the write rate; above 0.5 a memory of depth 2 can diverge.
+        lr_init: initial write rate per head, each below ``max_lr``; None spreads them from
+            ``max_lr/20`` to ``max_lr/2``.
+        momentum_init: initial η.
+        decay_init: initial α.
+        max_grad_norm: bound of every token's inner gradient norm; None: no bound.
+        zero_init_output: start as the identity when the output is added to the hidden states.
+        backend: passed to the ops.
+
+    Raises:
+        ArgumentError: ``lr_init`` does not fit ``heads`` and ``max_lr``.
+
+    Example:
+        >>> import torch
+        >>> from mal_kernels import NeuralMemory
+        >>> layer = NeuralMemory(32, heads=2, head_dim=16, chunk_size=8)
+        >>> x = torch.randn(1, 20, 32)
+        >>> y, state = layer(x)
+        >>> first, part = layer(x[:, :13])
+        >>> second, part = layer(x[:, 13:], part)
+        >>> torch.allclose(torch.cat([first, second], 1), y, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        heads: int = 4,
+        head_dim: int = 64,
+        expansion: int = 2,
+        depth: int = 2,
+        activation: str = "gelu",
+        residual_norm: bool = False,
+        step: str = "token",
+        chunk_size: int | None = 64,
+        max_lr: float = 0.5,
+        lr_init: Sequence[float] | None = None,
+        momentum_init: float = 0.01,
+        decay_init: float = 0.01,
+        max_grad_norm: float | None = 1.0,
+        zero_init_output: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.max_lr = heads, head_dim, max_lr
+        self.step, self.chunk_size, self.max_grad_norm = step, chunk_size, max_grad_norm
+        self.activation, self.residual_norm, self.backend = activation, residual_norm, backend
+        inner = heads * head_dim
+        self.norm = nn.Parameter(torch.ones(hidden_size))
+        self.to_q = nn.Linear(hidden_size, inner, bias=False)
+        self.to_k = nn.Linear(hidden_size, inner, bias=False)
+        self.to_v = nn.Linear(hidden_size, inner, bias=False)
+        self.to_gate = nn.Linear(hidden_size, inner, bias=False)
+        self.to_out = nn.Linear(inner, hidden_size, bias=False)
+        if zero_init_output:
+            nn.init.zeros_(self.to_out.weight)
+        self.to_rates = nn.Linear(hidden_size, 3 * heads)  # logits of lr, momentum, decay
+        self._init_rates(lr_init, momentum_init, decay_init)
+        self.init = nn.ParameterList(self._initial_weights(expansion * head_dim, depth))
+
+    def _init_rates(
+        self, lr_init: Sequence[float] | None, momentum_init: float, decay_init: float
+    ) -> None:
+        heads = self.heads
+        if lr_init is None:
+            lr_init = [self.max_lr * 0.5 * 10 ** (h / heads - 1 + 1 / heads) for h in range(heads)]
+        if len(lr_init) != heads or not all(0 < x < self.max_lr for x in lr_init):
+            raise ArgumentError(
+                f"lr_init: got {lr_init}, expected {heads} numbers, one per head, between 0 and "
+                f"max_lr={self.max_lr}"
+            )
+        lr = torch.tensor(lr_init) / self.max_lr
+        rest = torch.tensor([momentum_init, decay_init]).repeat_interleave(heads)
+        with torch.no_grad():
+            self.to_rates.weight.mul_(0.1)  # near the given rates whatever the input
+            self.to_rates.bias.copy_(torch.cat([lr, rest]).logit())
+
+    def _initial_weights(self, width: int, depth: int) -> list[nn.Parameter]:
+        dims = [self.head_dim, *[width] * (depth - 1), self.head_dim]
+        shapes = [(self.heads, a, b) for a, b in pairwise(dims)]
+        # a linear memory learns from zero; two zero layers would have no gradient
+        scale = 0.0 if depth == 1 else 1.0
+        weights = [scale * torch.randn(s) / s[1] ** 0.5 for s in shapes]
+        if self.residual_norm:
+            weights.append(torch.zeros(self.heads, self.head_dim))
+        return [nn.Parameter(w) for w in weights]
+
+    def initial_state(self, batch_size: int) -> MemoryState:
+        """The learned initial memory for ``batch_size`` rows; gradients reach it."""
+        dtype = torch.promote_types(self.norm.dtype, torch.float32)
+        weights = [w.to(dtype).expand(batch_size, *w.shape) for w in self.init]
+        return MemoryState.from_weights(weights)
+
+    def forward(
+        self, hidden: Tensor, state: MemoryState | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """The causal layer.
+
+        Args:
+            hidden: ``[B, T, Dm]``.
+            state: ``B`` rows from an earlier call; None starts at the learned initial memory.
+
+        Returns:
+            ``[B, T, Dm]``, to be added to ``hidden`` (it is not yet), and the next state.
+        """
+        batch, tokens = hidden.shape[:2]
+        if state is None:
+            state = self.initial_state(batch)
+        size = self.chunk_size or max(tokens, 1)
+        per_row = max(1, -(-tokens // size))
+        position = torch.arange(tokens, device=hidden.device)
+        row = torch.arange(batch, device=hidden.device).unsqueeze(1)
+        segment = (row * per_row + position // size).flatten()
+        x = self._normed(hidden)
+        rates = self._rates(x.flatten(0, 1), segment, batch * per_row)
+        lr, momentum, decay = (r.view(batch, -1, self.heads) for r in rates)
+        y, state, _ = ops.neural_memory(
+            self._unit(self.to_q(x)),
+            self._unit(self.to_k(x)),
+            self._heads(self.to_v(x)),
+            lr,
+            momentum,
+            decay,
+            state,
+            init=self.initial_state(batch).weights,
+            chunk_size=self.chunk_size,
+            **self._options(),
+        )
+        return self.to_out(y.flatten(2).to(x.dtype) * F.silu(self.to_gate(x))), state
+
+    def read(
+        self, hidden: Tensor, token_index: Tensor, state_index: Tensor, state: MemoryState
+    ) -> Tensor:
+        """Adds the gated read at the given tokens; other rows of ``hidden`` come back bit for bit.
+
+        Arguments and result: :func:`mal_kernels.ops.aligned_residual_read`.
+        """
+        params = ReadParams(self.norm, self.to_q.weight, self.to_gate.weight, self.to_out.weight)
+        return ops.aligned_residual_read(
+            *(hidden, token_index, state_index, state, params),
+            activation=self.activation,
+            residual_norm=self.residual_norm,
+            backend=self.backend,
+        )
+
+    def write(self, tokens: Tensor, cu_seqlens: Tensor, state: MemoryState) -> MemoryUpdate:
+        """Writes ragged sequences of hidden states, one per row of ``state``.
+
+        Args:
+            tokens: ``[N, Dm]``, the sequences one after another.
+            cu_seqlens: ``[R + 1]`` int64 offsets; an empty sequence leaves its row as it is.
+            state: ``R`` rows.
+
+        Returns:
+            The next state and the surprise ``[1, N, H]``.
+        """
+        x = self._normed(tokens)
+        rates = self._rates(x, *self._segments(len(x), cu_seqlens))
+        lr, momentum, decay = (r.unsqueeze(0) for r in rates)
+        return ops.memory_update(
+            self._unit(self.to_k(x)).unsqueeze(0),
+            self._heads(self.to_v(x)).unsqueeze(0),
+            lr,
+            momentum,
+            decay,
+            state,
+            init=self.initial_state(state.batch_size).weights,
+            chunk_size=self.chunk_size,
+            cu_seqlens=cu_seqlens,
+            **self._options(),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "activation": self.activation,
+            "residual_norm": self.residual_norm,
+            "max_grad_norm": self.max_grad_norm,
+            "backend": self.backend,
+        }
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        x = hidden.to(self.norm.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.norm, RMS_NORM_EPS)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """Per head, on the unit sphere: the write is bounded for unit keys only."""
+        return F.normalize(self._heads(x), dim=-1)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+    def _rates(self, x: Tensor, segment: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """lr ``[N, H]``, momentum and decay ``[N, H]``, or ``[n, H]`` with chunk steps.
+
+        ``x`` ``[N, Dm]``; ``segment`` ``[N]`` is the chunk, of ``n``, that each token belongs to.
+        """
+        lr, *rest = self.to_rates(x).unflatten(-1, (3, self.heads)).unbind(-2)
+        lr = self.max_lr * lr.sigmoid()
+        if self.step == "chunk":
+            count = x.new_zeros(n, 1).index_add(0, segment, x.new_ones(len(x), 1)).clamp(min=1)
+            lr = lr / count[segment]
+            rest = [r.new_zeros(n, self.heads).index_add(0, segment, r) / count for r in rest]
+        momentum, decay = (r.sigmoid() for r in rest)
+        return lr, momentum, decay
+
+    def _segments(self, tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, int]:
+        """Ragged: the chunk of each token, counted over all sequences, and the number of chunks."""
+        token = torch.arange(tokens, device=cu_seqlens.device)
+        row = torch.bucketize(token, cu_seqlens[1:], right=True)
+        if self.chunk_size is None or self.step == "token":
+            return row, len(cu_seqlens) - 1
+        chunks = (-(-cu_seqlens.diff() // self.chunk_size)).clamp(min=1)
+        first = chunks.cumsum(0) - chunks
+        return first[row] + (token - cu_seqlens[row]) // self.chunk_size, int(chunks.sum())
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` adds."""
+        return f"heads={self.heads}, head_dim={self.head_dim}, step={self.step!r}"

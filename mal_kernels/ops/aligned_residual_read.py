@@ -1,0 +1,190 @@
+"""The read of Memory-as-a-Layer: from host hidden states to host hidden states.
+
+For the tokens named by ``token_index``, each at the state named by ``state_index``::
+
+    x = RMSNorm(hidden) · norm      q = x W_qᵀ / ‖x W_qᵀ‖ per head      g = silu(x W_gateᵀ)
+    hidden += (M(q; W) ⊙ g) W_outᵀ
+
+Every other row of ``hidden`` comes back bit for bit. ``3·Dm·H·D + 2·H·D·E`` multiply-adds a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import ArgumentError
+from ..reference import ReadParams
+from ..state import MemoryState
+from ._backend import fresh, full_precision, resolve
+from ._check import FLOATS, check_index, check_memory, check_state_tensor, expect
+
+
+@torch.library.custom_op("mal_kernels::aligned_residual_read", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    token_index: Tensor,
+    state_index: Tensor,
+    weights: list[Tensor],
+    params: list[Tensor],
+    activation: str,
+    residual_norm: bool,
+    backend: str,
+) -> Tensor:
+    check_index("token_index", token_index, hidden.shape[:-1].numel())
+    check_index("state_index", state_index, weights[0].shape[0])
+    _check_unique(token_index)
+    with full_precision(hidden.device):
+        out = _read(hidden, token_index, state_index, weights, params, activation, residual_norm)
+    return fresh(out)
+
+
+def _check_unique(token_index: Tensor) -> None:
+    if token_index.device.type == "cpu" and len(token_index.unique()) < len(token_index):
+        raise ArgumentError(
+            "token_index: got the same position twice, expected every audio token once"
+        )
+
+
+def _read(
+    hidden: Tensor,
+    token_index: Tensor,
+    state_index: Tensor,
+    weights: list[Tensor],
+    params: list[Tensor],
+    activation: str,
+    residual_norm: bool,
+) -> Tensor:
+    return reference.aligned_residual_read(
+        *(hidden, token_index, state_index),
+        *(MemoryState(tuple(weights), ()), ReadParams(*params)),
+        activation=activation,
+        residual_norm=residual_norm,
+    )
+
+
+@_forward.register_fake
+def _(hidden, *_):
+    return hidden.new_empty(hidden.shape)
+
+
+@torch.library.custom_op("mal_kernels::aligned_residual_read_bwd", mutates_args=())
+def _backward(
+    d_output: Tensor,
+    hidden: Tensor,
+    token_index: Tensor,
+    state_index: Tensor,
+    weights: list[Tensor],
+    params: list[Tensor],
+    activation: str,
+    residual_norm: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(hidden, weights, params):
+        return _read(hidden, token_index, state_index, weights, params, activation, residual_norm)
+
+    with full_precision(hidden.device):
+        vjp = torch.func.vjp(forward, hidden, weights, params)[1]
+        d_hidden, d_weights, d_params = vjp(d_output)
+    return fresh(d_hidden), [fresh(d) for d in d_weights], [fresh(d) for d in d_params]
+
+
+@_backward.register_fake
+def _(d_output, hidden, token_index, state_index, weights, params, *_):
+    d_weights, d_params = ([t.new_empty(t.shape) for t in x] for x in (weights, params))
+    return hidden.new_empty(hidden.shape), d_weights, d_params
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, token_index, state_index, weights, params, *ctx.options = inputs
+    ctx.n_weights = len(weights)
+    ctx.save_for_backward(hidden, token_index, state_index, *weights, *params)
+
+
+def _autograd(ctx, d_output):
+    *index, tensors = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
+    weights, params = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
+    d_hidden, d_weights, d_params = _backward(d_output, *index[0], weights, params, *ctx.options)
+    return d_hidden, None, None, d_weights, d_params, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def aligned_residual_read(
+    hidden: Tensor,
+    token_index: Tensor,
+    state_index: Tensor,
+    state: MemoryState,
+    params: ReadParams,
+    *,
+    activation: str = "gelu",
+    residual_norm: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Adds what the memory says about the audio tokens to their hidden states.
+
+    Args:
+        hidden: ``[B, S, Dm]`` host hidden states, any float dtype.
+        token_index: ``[N]`` int64, positions of the audio tokens in ``hidden`` flattened to
+            ``[B·S]``, no position twice.
+        state_index: ``[N]`` int64, the row of ``state`` that each token reads.
+        state: any number of rows; only its weights are read.
+        params: ``norm`` ``[Dm]``, ``w_q`` and ``w_gate`` ``[H·D, Dm]``, ``w_out`` ``[Dm, H·D]``, in
+            any float dtype; the computation runs in the dtype of the state.
+        activation: gelu (erf), gelu_tanh, silu or relu.
+        residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        ``[B, S, Dm]`` in the dtype of ``hidden``; a new tensor.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value does not fit.
+        BackendUnavailable: ``backend`` cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from mal_kernels import MemoryState, ops
+        >>> hidden, audio = torch.randn(2, 6, 24), torch.tensor([1, 2, 9, 10])
+        >>> weights = (torch.randn(2, 2, 8, 8), torch.randn(2, 2, 8, 8))
+        >>> w_q, w_gate = torch.randn(2, 16, 24)
+        >>> params = ops.ReadParams(torch.ones(24), w_q, w_gate, torch.randn(24, 16))
+        >>> out = ops.aligned_residual_read(
+        ...     hidden, audio, audio // 6, MemoryState.from_weights(weights), params
+        ... )
+        >>> (out != hidden).any(-1).flatten().nonzero().flatten()
+        tensor([ 1,  2,  9, 10])
+    """
+    expect(
+        hidden.ndim == 3 and hidden.dtype in FLOATS,
+        "hidden",
+        f"{hidden.dtype} {list(hidden.shape)}",
+        "floating point [B, S, Dm]",
+    )
+    n, width = len(token_index), hidden.shape[-1]
+    for name, index in (("token_index", token_index), ("state_index", state_index)):
+        check_state_index(name, index, n, hidden.device)
+    heads, dim = state.weights[0].shape[1:3]
+    like = hidden.new_empty(0, 0, heads, dim)
+    check_memory(state, like, state.batch_size, residual_norm, activation)
+    inner = heads * dim
+    shapes = ((width,), (inner, width), (inner, width), (width, inner))
+    for name, p, shape in zip(ReadParams._fields, params, shapes, strict=True):
+        check_state_tensor(f"params.{name}", p, shape, p.dtype, hidden.device)
+    return _forward(
+        *(hidden, token_index, state_index, list(state.weights), list(params)),
+        *(activation, residual_norm, resolve(backend, "aligned_residual_read")),
+    )
+
+
+def check_state_index(name: str, index: Tensor, n: int, device: torch.device) -> None:
+    """``[N]`` int64 on ``device``."""
+    expect(
+        index.ndim == 1 and len(index) == n and index.dtype == torch.int64,
+        name,
+        f"{index.dtype} {list(index.shape)}",
+        f"int64 [{n}]",
+    )
+    expect(index.device == device, name, f"on {index.device}", f"on {device} like hidden")

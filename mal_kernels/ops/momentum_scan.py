@@ -1,0 +1,159 @@
+"""The recurrence of momentum and decay alone, for updates that somebody else computed.
+
+``S_t = η_t S_{t−1} + u_t``, ``W_t = (1 − α_t) W_{t−1} + S_t``: two associative scans. Per element
+of ``u`` four flops and, fused, three accesses (read u, write S and W): bound by bandwidth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import MomentumScan
+from ..state import MemoryState
+from ._backend import fresh, full_precision, resolve
+from ._check import (
+    FLOATS,
+    check_bounds,
+    check_cu_seqlens,
+    check_gate,
+    check_gates,
+    check_state_tensor,
+    expect,
+)
+
+
+@torch.library.custom_op("mal_kernels::momentum_scan", mutates_args=())
+def _forward(
+    update: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: list[Tensor],
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    check_gates(None, momentum, decay)
+    check_bounds(cu_seqlens, update.shape[1])
+    with full_precision(update.device):
+        weights, trace = _scan(update, momentum, decay, state, cu_seqlens)
+    return fresh(weights), fresh(trace)
+
+
+def _scan(
+    update: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: list[Tensor],
+    cu_seqlens: Tensor | None,
+) -> MomentumScan:
+    initial = MemoryState((state[0],), (state[1],)) if state else None
+    return reference.momentum_scan(update, momentum, decay, initial, cu_seqlens=cu_seqlens)
+
+
+@_forward.register_fake
+def _(update, *_):
+    dtype = torch.promote_types(update.dtype, torch.float32)
+    return tuple(update.new_empty(update.shape, dtype=dtype) for _ in range(2))
+
+
+@torch.library.custom_op("mal_kernels::momentum_scan_bwd", mutates_args=())
+def _backward(
+    d_weights: Tensor,
+    d_trace: Tensor,
+    update: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: list[Tensor],
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of update, momentum, decay and state, absent ones left out."""
+
+    def forward(update, momentum, decay, state):
+        # None is no value to torch.func: an absent gate is an empty list
+        momentum, decay = (g[0] if g else None for g in (momentum, decay))
+        return tuple(_scan(update, momentum, decay, state, cu_seqlens))
+
+    gates = ([] if g is None else [g] for g in (momentum, decay))
+    with full_precision(update.device):
+        vjp = torch.func.vjp(forward, update, *gates, state)[1]
+        d_update, *rest = vjp((d_weights, d_trace))
+    return [fresh(d_update), *(fresh(g) for grads in rest for g in grads)]
+
+
+@_backward.register_fake
+def _(d_weights, d_trace, update, momentum, decay, state, *_):
+    return [t.new_empty(t.shape) for t in (update, momentum, decay, *state) if t is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    update, momentum, decay, state, cu_seqlens, ctx.backend = inputs
+    ctx.save_for_backward(update, momentum, decay, cu_seqlens, *state)
+
+
+def _autograd(ctx, d_weights, d_trace):
+    update, momentum, decay, cu_seqlens, *state = ctx.saved_tensors
+    grads = iter(
+        _backward(d_weights, d_trace, update, momentum, decay, state, cu_seqlens, ctx.backend)
+    )
+    d_update, *d_gates = (None if t is None else next(grads) for t in (update, momentum, decay))
+    return d_update, *d_gates, list(grads), None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def momentum_scan(
+    update: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: MemoryState | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> MomentumScan:
+    """Weights and momentum after every token, for given updates (a memory of any kind).
+
+    Args:
+        update: ``[B, T, H, ...]``, any float dtype; a gradient step is ``−θ_t ∇ℓ_t``.
+        momentum: ``[B, T, H]``, η in [0, 1], or None for none.
+        decay: ``[B, T, H]``, α in [0, 1], or None for none.
+        state: one tensor each in ``weights`` and ``momentum``, ``[B, H, ...]`` (with ``cu_seqlens``
+            one row per sequence); None starts at zero.
+        cu_seqlens: ``[N + 1]`` offsets of ragged sequences along T, with B = 1.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        ``weights`` and ``momentum``, both ``[B, T, H, ...]``, float32 (float64 for float64).
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value does not fit.
+        BackendUnavailable: ``backend`` cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from mal_kernels import ops
+        >>> gate = torch.full((1, 5, 1), 0.5)
+        >>> ops.momentum_scan(torch.ones(1, 5, 1), gate, gate).momentum.flatten()
+        tensor([1.0000, 1.5000, 1.7500, 1.8750, 1.9375])
+    """
+    expect(
+        update.ndim >= 3 and update.dtype in FLOATS,
+        "update",
+        f"{update.dtype} {list(update.shape)}",
+        "floating point [B, T, H, ...]",
+    )
+    rows = check_cu_seqlens(cu_seqlens, update)
+    check_gate("momentum", momentum, update.shape[:3], update.device)
+    check_gate("decay", decay, update.shape[:3], update.device)
+    tensors = []
+    if state is not None:
+        dtype = torch.promote_types(update.dtype, torch.float32)
+        for name, field in (("weights", state.weights), ("momentum", state.momentum)):
+            expect(len(field) == 1, f"state.{name}", f"{len(field)} tensors", "one tensor")
+            shape = (rows, *update.shape[2:])
+            check_state_tensor(f"state.{name}[0]", field[0], shape, dtype, update.device)
+            tensors.append(field[0])
+    name = resolve(backend, "momentum_scan")
+    return MomentumScan(*_forward(update, momentum, decay, tensors, cu_seqlens, name))

@@ -1,0 +1,314 @@
+"""The causal Titans layer: write every token and read it back at its own weights.
+
+Computes :func:`mal_kernels.reference.neural_memory`; the mathematics stands there. For one chunk
+of ``C`` tokens, one head and two layers of width ``E``::
+
+    write   5·C·D·E multiply-adds (3 for the gradient's factors, 2 for W), 2 more for S
+    read    4·C·D·E + 2·C²·(D + E)
+    bytes   4·C·D tokens in and out; W and S once per chunk where they do not stay on chip
+
+The operator ``mal_kernels::neural_memory`` also serves :func:`mal_kernels.ops.memory_update`: with
+``q=None`` it writes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import NeuralMemoryOutput, keeps_position
+from ..state import MemoryState
+from ._backend import fresh, full_precision, resolve
+from ._check import (
+    check_bounds,
+    check_chunk_gates,
+    check_cu_seqlens,
+    check_gate,
+    check_gates,
+    check_index,
+    check_like_weights,
+    check_memory,
+    check_tokens,
+    expect,
+)
+
+
+@torch.library.custom_op("mal_kernels::neural_memory", mutates_args=())
+def _forward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    weights: list[Tensor],
+    trace: list[Tensor],
+    anchor: list[Tensor],
+    init: list[Tensor],
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    step: str,
+    activation: str,
+    residual_norm: bool,
+    max_grad_norm: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    check_gates(lr, momentum, decay)
+    check_bounds(cu_seqlens, k.shape[1])
+    check_index("state.position", position, chunk_size)
+    if step == "chunk":
+        check_chunk_gates(cu_seqlens, chunk_size, momentum=momentum, decay=decay)
+    state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
+    with full_precision(k.device):
+        output, new, surprise = reference.neural_memory(
+            *(q, k, v, lr, momentum, decay, state),
+            chunk_size=chunk_size,
+            step=step,
+            activation=activation,
+            residual_norm=residual_norm,
+            max_grad_norm=max_grad_norm,
+            init=init or None,
+            cu_seqlens=cu_seqlens,
+        )
+    offset = k.new_empty(0, dtype=torch.int64) if new.position is None else new.position
+    weights, trace, anchor = ([fresh(w) for w in x] for x in (*new[:2], new.anchor or ()))
+    return fresh(output), fresh(surprise), weights, trace, anchor, offset
+
+
+@_forward.register_fake
+def _(
+    q,
+    k,
+    v,
+    lr,
+    momentum,
+    decay,
+    weights,
+    trace,
+    anchor,
+    init,
+    position,
+    cu_seqlens,
+    chunk_size,
+    step,
+    *_,
+):
+    kept = keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step)
+    state, rows = weights[0], weights[0].shape[0]
+    return (
+        k.new_empty(0) if q is None else q.new_empty(q.shape),
+        state.new_empty(lr.shape),
+        [w.new_empty(w.shape) for w in weights],
+        [w.new_empty(w.shape) for w in weights],
+        [w.new_empty(w.shape) for w in weights if kept],
+        k.new_empty(rows if kept else 0, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("mal_kernels::neural_memory_bwd", mutates_args=())
+def _backward(
+    d_output: Tensor,
+    d_surprise: Tensor,
+    d_weights: list[Tensor],
+    d_trace: list[Tensor],
+    d_anchor: list[Tensor],
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    weights: list[Tensor],
+    trace: list[Tensor],
+    anchor: list[Tensor],
+    init: list[Tensor],
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    step: str,
+    activation: str,
+    residual_norm: bool,
+    max_grad_norm: float | None,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of every tensor given, in order, absent ones left out."""
+
+    def forward(q, k, v, lr, momentum, decay, weights, trace, anchor, init):
+        # None is no value to torch.func: an absent tensor is an empty list
+        q, momentum, decay = (x[0] if x else None for x in (q, momentum, decay))
+        state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
+        output, new, surprise = reference.neural_memory(
+            *(q, k, v, lr, momentum, decay, state),
+            chunk_size=chunk_size,
+            step=step,
+            activation=activation,
+            residual_norm=residual_norm,
+            max_grad_norm=max_grad_norm,
+            init=init or None,
+            cu_seqlens=cu_seqlens,
+        )
+        return output, surprise, new.weights, new.momentum, new.anchor or ()
+
+    inputs = (_listed(q), k, v, lr, _listed(momentum), _listed(decay), weights, trace, anchor, init)
+    with full_precision(k.device):
+        vjp = torch.func.vjp(forward, *inputs)[1]
+        grads = vjp((d_output, d_surprise, tuple(d_weights), tuple(d_trace), tuple(d_anchor)))
+    return [fresh(g) for x in grads for g in (x if isinstance(x, list) else [x])]
+
+
+def _listed(x: Tensor | None) -> list[Tensor]:
+    return [] if x is None else [x]
+
+
+def _differentiable(q, k, v, lr, momentum, decay, weights, trace, anchor, init, *_):
+    """The inputs that have a gradient, in order."""
+    tensors = [q, k, v, lr, momentum, decay, *weights, *trace, *anchor, *init]
+    return [t for t in tensors if t is not None]
+
+
+@_backward.register_fake
+def _(d_output, d_surprise, d_weights, d_trace, d_anchor, *inputs):
+    return [t.new_empty(t.shape) for t in _differentiable(*inputs)]
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.options = inputs[:12], inputs[12:]
+    ctx.lengths = [len(x) if isinstance(x, list) else None for x in tensors]
+    flat = [t for x in tensors for t in (x if isinstance(x, list) else [x])]
+    ctx.save_for_backward(*flat)
+
+
+def _autograd(ctx, d_output, d_surprise, d_weights, d_trace, d_anchor, _):
+    saved = iter(ctx.saved_tensors)
+    inputs = [next(saved) if n is None else [next(saved) for _ in range(n)] for n in ctx.lengths]
+    grads = iter(
+        _backward(d_output, d_surprise, d_weights, d_trace, d_anchor, *inputs, *ctx.options)
+    )
+
+    def take(x):
+        if isinstance(x, list):
+            return [next(grads) for _ in x]
+        return None if x is None else next(grads)
+
+    return (*map(take, inputs[:10]), *(None,) * (2 + len(ctx.options)))
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def neural_memory(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: MemoryState,
+    *,
+    chunk_size: int | None = None,
+    step: str = "token",
+    activation: str = "gelu",
+    residual_norm: bool = False,
+    max_grad_norm: float | None = None,
+    init: Sequence[Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> NeuralMemoryOutput:
+    """Writes ``k → v`` into the memory and reads it with ``q``, causally.
+
+    The layer of Titans (arXiv 2501.00663). With ``step="token"`` token t reads ``W_t``, its own
+    write included. With ``step="chunk"`` momentum and decay act once per chunk and a token reads
+    the weights at the start of its chunk.
+
+    Args:
+        q: ``[B, T, H, D]`` queries; float16, bfloat16, float32 or float64. None: write only, and
+            ``output`` comes back empty.
+        k: ``[B, T, H, D]`` keys, like ``q``. L2-normalise q and k: otherwise the write diverges.
+        v: ``[B, T, H, D]`` values, like ``q``.
+        lr: ``[B, T, H]``, θ ≥ 0, write rate.
+        momentum: ``[B, T, H]``, η in [0, 1], or None for none. With chunk steps ``[B, NC, H]``,
+            ``NC = max(1, ceil(T / chunk_size))`` (with ``cu_seqlens`` summed over sequences).
+        decay: like ``momentum``, α in [0, 1], or None.
+        state: ``B`` rows (with ``cu_seqlens`` one per sequence), float32 (float64 for float64
+            tokens).
+        chunk_size: tokens between refreshes of the anchor ``W̄``; part of the model. None: the whole
+            call is one chunk.
+        step: ``"token"`` or ``"chunk"``.
+        activation: gelu (erf), gelu_tanh, silu or relu.
+        residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
+        max_grad_norm: bound of every token's inner gradient norm; None: no bound.
+        init: weights that decay pulls toward, shaped like ``state.weights``; None: zero.
+        cu_seqlens: ``[N + 1]`` offsets of ragged sequences along T, with B = 1.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        ``output`` ``[B, T, H, D]`` in the dtype of ``q``, the next ``state``, and per token the
+        ``surprise`` ``‖M(k_t; W̄) − v_t‖²`` ``[B, T, H]``. Differentiable once, in every float
+        input.
+        Calls chained through ``state`` equal one long call wherever the stream is cut, except that
+        ``chunk_size=None`` and chunk steps end a chunk at the end of each call.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or value does not fit; nothing has happened.
+        BackendUnavailable: ``backend`` cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> from mal_kernels import MemoryState, ops
+        >>> q, k, v = (normalize(torch.randn(1, 100, 2, 16), dim=-1) for _ in range(3))
+        >>> gate = torch.full((1, 100, 2), 0.01)
+        >>> weights = (torch.randn(1, 2, 16, 32) / 4, torch.randn(1, 2, 32, 16) / 6)
+        >>> state = MemoryState.from_weights(weights)
+        >>> out = ops.neural_memory(q, k, v, gate, gate, gate, state, chunk_size=64)
+        >>> out.output.shape, out.state.position
+        (torch.Size([1, 100, 2, 16]), tensor([36]))
+    """
+    check_tokens("k", k)
+    check_tokens("v", v, like=k)
+    if q is not None:
+        check_tokens("q", q, like=k)
+    rows = check_cu_seqlens(cu_seqlens, k)
+    check_memory(state, k, rows, residual_norm, activation)
+    if init is not None:
+        check_like_weights("init", init, state.weights)
+    expect(step in ("token", "chunk"), "step", repr(step), "'token' or 'chunk'")
+    expect(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1, or None")
+    expect(
+        max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", max_grad_norm, "> 0, or None"
+    )
+    check_gate("lr", lr, k.shape[:3], k.device)
+    n_gates = _chunk_gates(k, cu_seqlens, chunk_size) if step == "chunk" else k.shape[1]
+    for name, gate in (("momentum", momentum), ("decay", decay)):
+        if gate is not None:
+            n = gate.shape[1:2].numel() if n_gates is None else n_gates
+            check_gate(name, gate, (k.shape[0], n, k.shape[2]), k.device)
+    expect(
+        state.position is None or (step == "token" and chunk_size is not None),
+        "state",
+        "one inside a chunk",
+        f"one at a chunk boundary for step={step!r}, chunk_size={chunk_size}",
+        "call state.end_chunk()",
+    )
+    output, surprise, weights, trace, anchor, position = _forward(
+        *(q, k, v, lr, momentum, decay),
+        *(list(state.weights), list(state.momentum), list(state.anchor or ()), list(init or ())),
+        *(state.position, cu_seqlens),
+        *(chunk_size, step, activation, residual_norm, max_grad_norm),
+        resolve(backend, "neural_memory"),
+    )
+    new = MemoryState(tuple(weights), tuple(trace))
+    if anchor:
+        new = new._replace(anchor=tuple(anchor), position=position)
+    return NeuralMemoryOutput(output, new, surprise)
+
+
+def _chunk_gates(k: Tensor, cu_seqlens: Tensor | None, chunk_size: int | None) -> int | None:
+    """Chunk gates along dim 1; None where their number depends on the values of ``cu_seqlens``."""
+    if cu_seqlens is None:
+        return 1 if chunk_size is None else max(1, -(-k.shape[1] // chunk_size))
+    return len(cu_seqlens) - 1 if chunk_size is None else None

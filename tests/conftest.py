@@ -1,0 +1,43 @@
+"""What every test gets: a seed, few threads, and uninitialised memory full of NaN."""
+
+from __future__ import annotations
+
+import os
+
+# read when cuBLAS is first used; without it deterministic mode refuses its matmuls
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a bug
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # whoever asks for the GPU tests wants failures, not skips, from a machine without one
+    if torch.cuda.is_available() or config.option.markexpr == "gpu":
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Deterministic mode fills every ``torch.empty``, ``empty_like`` and ``new_empty`` with NaN.
+
+    An op that forgets to write part of its output fails instead of passing on a lucky zero.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,166 @@
+"""NeuralMemory: the layer around the ops."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import pytest
+import torch
+
+from mal_kernels import ArgumentError, MemoryState, NeuralMemory, ops
+
+KINDS = {
+    "titans": dict(chunk_size=8),
+    "turns": dict(step="chunk", chunk_size=None),
+    "chunk steps": dict(step="chunk", chunk_size=4),
+    "linear": dict(depth=1, chunk_size=8),
+    "norm": dict(residual_norm=True, depth=3, activation="silu", chunk_size=8),
+}
+
+
+def layer(**kind):
+    torch.manual_seed(0)
+    return NeuralMemory(12, heads=2, head_dim=8, **kind)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns(kind):
+    memory = layer(**KINDS[kind])
+    x = torch.randn(2, 21, 12)
+    output, state = memory(x)
+    again, _ = memory(x, state.end_chunk())
+    again.square().mean().backward()
+    assert output.shape == x.shape
+    silent = [n for n, p in memory.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@pytest.mark.parametrize("kind", ["titans", "linear", "norm"])
+def test_a_stream_may_be_cut_anywhere(kind):
+    memory, x = layer(**KINDS[kind]), torch.randn(2, 21, 12)
+    whole, end = memory(x)
+    state, parts = None, []
+    for begin, stop in itertools.pairwise([0, 1, 5, 8, 19, 21]):
+        y, state = memory(x[:, begin:stop], state)
+        parts.append(y)
+    close(torch.cat(parts, 1), whole)
+    close(state.weights, end.weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_write_is_each_row_alone(kind):
+    memory = layer(**KINDS[kind])
+    lengths = [5, 0, 9, 1]
+    tokens, ends = torch.randn(15, 12), torch.tensor([0, *lengths]).cumsum(0)
+    state = memory.initial_state(4)
+    together = memory.write(tokens, ends, state)
+    for row, (begin, end) in enumerate(itertools.pairwise(ends.tolist())):
+        one = memory.write(
+            tokens[begin:end], torch.tensor([0, end - begin]), memory.initial_state(1)
+        )
+        close(one.surprise, together.surprise[:, begin:end])
+        close(one.state.weights[0][0], together.state.weights[0][row])
+    assert torch.equal(together.state.weights[0][1], state.weights[0][1])  # the empty one
+
+
+def test_a_turn_writes_the_mean_of_its_tokens():
+    memory = layer(**KINDS["turns"])
+    tokens = torch.randn(6, 12)
+    once = memory.write(tokens, torch.tensor([0, 6]), memory.initial_state(1))
+    twice = memory.write(tokens.repeat(2, 1), torch.tensor([0, 12]), memory.initial_state(1))
+    close(once.state.weights, twice.state.weights)
+
+
+def test_writing_lowers_the_surprise_of_the_same_turn():
+    memory = layer(step="chunk", chunk_size=None, lr_init=[0.4, 0.4])
+    tokens, ends = torch.randn(30, 12), torch.tensor([0, 30])
+    state, surprises = memory.initial_state(1), []
+    for _ in range(5):
+        state, surprise = memory.write(tokens, ends, state)
+        surprises.append(float(surprise.detach().mean()))
+    assert surprises == sorted(surprises, reverse=True)
+
+
+def test_rates_start_where_they_are_told():
+    memory = layer(max_lr=0.8, lr_init=[0.2, 0.4], momentum_init=0.1, decay_init=0.03)
+    with torch.no_grad():
+        memory.to_rates.weight.zero_()
+    rates = memory._rates(torch.randn(3, 12), torch.zeros(3, dtype=torch.long), 1)
+    expected = ([0.2, 0.4], [0.1, 0.1], [0.03, 0.03])
+    for rate, value in zip(rates, expected, strict=True):
+        close(rate, torch.tensor([value] * 3))
+
+
+@pytest.mark.parametrize("bad", [[0.1], [0.1, 0.5], [0.1, 0.0]])
+def test_bad_rates_are_named(bad):
+    with pytest.raises(ArgumentError, match="lr_init: got"):
+        layer(max_lr=0.5, lr_init=bad)
+
+
+def test_read_adds_the_gated_read_of_the_op():
+    memory, state = layer(), None
+    _, state = memory(torch.randn(2, 9, 12))
+    hidden = torch.randn(2, 5, 12)
+    token, row = torch.tensor([1, 2, 8]), torch.tensor([0, 0, 1])
+    out = memory.read(hidden, token, row, state)
+    x = hidden.view(-1, 12)[token]
+    normed = torch.nn.functional.rms_norm(x, (12,), memory.norm, 1e-6)
+    q = torch.nn.functional.normalize(memory.to_q(normed).view(3, 2, 8), dim=-1)
+    y = torch.stack([
+        ops.memory_read(q[i : i + 1].unsqueeze(0), state.index_select(row[i : i + 1]))[0, 0]
+        for i in range(3)
+    ]).flatten(1)  # fmt: skip
+    gated = y * torch.nn.functional.silu(memory.to_gate(normed))
+    close(out.view(-1, 12)[token], x + memory.to_out(gated))
+
+
+def test_zero_output_is_the_identity_bit_for_bit():
+    memory = NeuralMemory(12, heads=2, head_dim=8, zero_init_output=True)
+    hidden = torch.randn(1, 5, 12).bfloat16()
+    index = torch.arange(5)
+    out = memory.read(hidden, index, 0 * index, memory.initial_state(1))
+    assert torch.equal(out, hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    memory = layer().to(dtype)
+    y, state = memory(torch.randn(1, 9, 12, dtype=dtype))
+    assert y.dtype == dtype
+    high = torch.promote_types(dtype, torch.float32)
+    assert {t.dtype for t in state.weights} == {high}
+
+
+def test_state_dict_is_parameters_only_and_none_is_a_scalar():
+    memory = layer(residual_norm=True)
+    memory(torch.randn(1, 9, 12))
+    assert memory.state_dict().keys() == dict(memory.named_parameters()).keys()
+    assert all(p.ndim >= 1 for p in memory.parameters())
+    file = io.BytesIO()
+    torch.save(memory.state_dict(), file)
+    file.seek(0)
+    other = NeuralMemory(12, heads=2, head_dim=8, residual_norm=True)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(1, 9, 12)
+    assert torch.equal(memory(x)[0], other(x)[0])
+
+
+def test_compiles_whole():
+    memory = layer(chunk_size=8)
+    compiled = torch.compile(memory, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (8, 11, 16):
+        x = torch.randn(2, tokens, 12)
+        close(compiled(x)[0], memory(x)[0])
+
+
+def test_autocast_keeps_the_state_float32():
+    memory = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = memory(torch.randn(1, 9, 12))
+    assert isinstance(state, MemoryState)
+    assert {t.dtype for t in state.weights} == {torch.float32}
