@@ -1,6 +1,9 @@
 """Test-time neural memory for PyTorch, and Memory-as-a-Layer for frozen audio language models."""
 
 from . import ops
+from .adapter import MALAdapter
+from .config import MALConfig
+from .dialogue import Dialogue, DialogueStore
 from .errors import (
     ArgumentError,
     AudioFileError,
@@ -9,8 +12,10 @@ from .errors import (
     HostError,
     MALError,
 )
+from .hosts import HostSpec, register_host
 from .memory import NeuralMemory
 from .state import MemoryState
+from .turn import TurnReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,9 +23,16 @@ __all__ = [
     "AudioFileError",
     "BackendUnavailable",
     "CheckpointError",
+    "Dialogue",
+    "DialogueStore",
     "HostError",
+    "HostSpec",
+    "MALAdapter",
+    "MALConfig",
     "MALError",
     "MemoryState",
     "NeuralMemory",
+    "TurnReport",
     "ops",
+    "register_host",
 ]

@@ -1,0 +1,165 @@
+"""The configuration of an adapter: a dataclass, saved as ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ArgumentError, CheckpointError
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+LIBRARY, VERSION = "mal_kernels", 1  # stand in every saved config
+MEMORY_SHAPE = ("heads", "head_dim", "expansion", "depth", "activation", "residual_norm")
+MEMORY_FIELDS = (
+    *MEMORY_SHAPE,
+    *("max_lr", "lr_init", "momentum_init", "decay_init", "max_grad_norm"),
+)
+
+
+@dataclass
+class MALConfig:
+    """What a :class:`MALAdapter` is made of. The defaults are the measured ones.
+
+    Args:
+        site: ``"embeds"`` for the merged input embeddings of the decoder, or ``k`` for the output
+            of decoder layer ``k``.
+        heads: independent memories per dialogue.
+        head_dim: width ``D`` of keys, values and queries of one head.
+        expansion: hidden width of a memory network over ``D``.
+        depth: layers of a memory network; 1 is linear.
+        activation: one of ``gelu``, ``gelu_tanh``, ``silu``, ``relu``.
+        residual_norm: whether the memory network is ``x + (1 + γ) ⊙ LayerNorm(mlp(x))``.
+        max_lr: upper bound of the write rate θ; above .5 a deep memory can diverge.
+        lr_init: initial write rate of each head, below ``max_lr``; ``None`` spreads them.
+        momentum_init: initial momentum η of the writes, in (0, 1).
+        decay_init: initial decay α toward the learned initial memory, in (0, 1).
+        max_grad_norm: bound of each token's inner gradient; ``None`` for none.
+        hidden_size: width ``Dm`` of the host; filled in when the adapter is attached.
+        base_model_name_or_path: the host it was trained on; filled in when the adapter is attached.
+
+    Raises:
+        ArgumentError: a value is outside its range.
+
+    Example:
+        >>> from mal_kernels import MALConfig
+        >>> MALConfig(heads=2, site=12).to_dict()["site"]
+        12
+    """
+
+    site: str | int = "embeds"
+    heads: int = 4
+    head_dim: int = 64
+    expansion: int = 2
+    depth: int = 2
+    activation: str = "gelu"
+    residual_norm: bool = False
+    max_lr: float = 0.5
+    lr_init: tuple[float, ...] | None = None
+    momentum_init: float = 0.01
+    decay_init: float = 0.01
+    max_grad_norm: float | None = 1.0
+    hidden_size: int | None = None
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, (is_valid, expected) in _EXPECTED.items():
+            if not is_valid(getattr(self, name)):
+                self._refuse(name, expected)
+        if self.lr_init is not None:
+            rates = self.lr_init if isinstance(self.lr_init, (list, tuple)) else ()
+            if len(rates) != self.heads or not all(
+                _is_positive(r) and r < self.max_lr for r in rates
+            ):
+                self._refuse(
+                    "lr_init", f"{self.heads} numbers, one per head, below max_lr={self.max_lr}"
+                )
+            self.lr_init = tuple(rates)  # JSON has lists only
+
+    def _refuse(self, name: str, expected: str) -> None:
+        raise ArgumentError(f"MALConfig.{name} is {getattr(self, name)!r}; pass {expected}.")
+
+    def memory_options(self) -> dict[str, Any]:
+        """The arguments of :class:`NeuralMemory`."""
+        return {name: getattr(self, name) for name in MEMORY_FIELDS}
+
+    def state_signature(self) -> dict[str, Any]:
+        """The fields that a saved dialogue state depends on."""
+        return {name: getattr(self, name) for name in ("site", "hidden_size", *MEMORY_SHAPE)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``adapter_config.json``."""
+        return {"library": LIBRARY, "version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MALConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: not a config of this library and version, or an unknown or bad field.
+        """
+        if not isinstance(values, Mapping):
+            raise CheckpointError(
+                f"adapter config is a {type(values).__name__}; expected a JSON object as written "
+                "by MALAdapter.save_pretrained."
+            )
+        values = dict(values)
+        written_by = (values.pop("library", None), values.pop("version", None))
+        if written_by != (LIBRARY, VERSION):
+            raise CheckpointError(
+                f"adapter config was written by (library, version) = {written_by}; expected "
+                f"{(LIBRARY, VERSION)}. Load it with the library that wrote it."
+            )
+        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise CheckpointError(
+                f"adapter config has unknown keys {unknown}; remove them, or upgrade mal_kernels "
+                "if a newer version wrote them."
+            )
+        try:
+            return cls(**values)
+        except ArgumentError as error:
+            raise CheckpointError(f"adapter config is not valid: {error}") from error
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, float) or _is_int(value)
+    return number and math.isfinite(value) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return _is_positive(value) and value < 1
+
+
+def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_valid(value)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "site": (
+        lambda site: site == "embeds" or (_is_int(site) and site >= 0),
+        "'embeds' or the index of a decoder layer",
+    ),
+    "heads": (_is_count, "a positive int"),
+    "head_dim": (_is_count, "a positive int"),
+    "expansion": (_is_count, "a positive int"),
+    "depth": (_is_count, "a positive int"),
+    "activation": (lambda name: name in ACTIVATIONS, f"one of {ACTIVATIONS}"),
+    "residual_norm": (lambda flag: isinstance(flag, bool), "True or False"),
+    "max_lr": (_is_positive, "a positive number"),
+    "momentum_init": (_is_share, "a number between 0 and 1"),
+    "decay_init": (_is_share, "a number between 0 and 1"),
+    "max_grad_norm": (_or_none(_is_positive), "a positive number, or None for no bound"),
+    "hidden_size": (_or_none(_is_count), "a positive int, or None to take it from the host"),
+    "base_model_name_or_path": (_or_none(lambda name: isinstance(name, str)), "a name or None"),
+}

@@ -1,0 +1,304 @@
+"""One call of the host: read the memory at its audio tokens, collect what to write, write it once.
+
+What is remembered does not change before the last statement of :meth:`Turn.commit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dialogue import EMPTY, Dialogue, Snapshot
+from .errors import ArgumentError, HostError
+from .hosts import Clip, Host
+from .memory import NeuralMemory
+from .ops import MemoryUpdate
+from .state import MemoryState
+
+NAN = float("nan")
+
+
+class Spoken(NamedTuple):
+    """A clip of dialogue ``row``, new or written in an earlier turn, the last of its row or not."""
+
+    row: int
+    clip: Clip
+    new: bool
+    last: bool
+
+
+class TurnReport:
+    """What the last turn did: ``mal.last_turn``. Figures are computed when they are asked for.
+
+    Attributes:
+        rows: dialogues in the batch.
+        skipped: writes left out because what was heard, or the result, was not finite.
+
+    Example:
+        >>> from mal_kernels import MALAdapter, MALConfig
+        >>> from mal_kernels.testing import tiny_host, tiny_inputs
+        >>> host = tiny_host("qwen2_audio")
+        >>> mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(host)
+        >>> with mal.dialogue("call-17"):
+        ...     _ = host.generate(**tiny_inputs(host, [[5, 4]]))
+        >>> mal.last_turn.tokens, mal.last_turn.skipped
+        ([9], 0)
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.skipped = rows, 0
+        self._before: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, Dm] of each new clip
+        self._after: list[list[Tensor]] = [[] for _ in range(rows)]
+        self._surprise: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, H] of each write
+
+    def heard(self, row: int, before: Tensor, after: Tensor) -> None:
+        """Adds the tokens of a new clip, before and after the read."""
+        self._before[row].append(before.detach())
+        self._after[row].append(after.detach())
+
+    def wrote(self, row: int, surprise: Tensor) -> None:
+        """Adds a write to the memory that ``row`` reads."""
+        self._surprise[row].append(surprise.detach())
+
+    @property
+    def tokens(self) -> list[int]:
+        """New audio tokens of each dialogue."""
+        return [sum(map(len, clips)) for clips in self._before]
+
+    @property
+    def surprise(self) -> Tensor:
+        """``[rows]``: mean of ``‖M(k) − v‖²`` over what was written, NaN where nothing was."""
+        return torch.tensor([float(torch.cat(x).mean()) if x else NAN for x in self._surprise])
+
+    @property
+    def residual_ratio(self) -> Tensor:
+        """``[rows]``: norm of the residual over that of the tokens it is added to, or NaN."""
+        ratios = torch.full((self.rows,), NAN)
+        for row in range(self.rows):
+            if self._before[row]:
+                before, after = (torch.cat(x[row]).float() for x in (self._before, self._after))
+                ratios[row] = (after - before).norm() / before.norm()
+        return ratios
+
+
+class Turn:
+    """Reads and collects while the host runs, then commits.
+
+    Args:
+        memory: the module that reads and writes.
+        dialogue: the dialogues of the batch; ``None``: each row is one of its own and is not kept.
+        batch: rows of the batch as the user gave it; the host may repeat each row, as for beams.
+        generating: whether the call is ``generate``, which commits when it returns.
+    """
+
+    def __init__(
+        self,
+        memory: NeuralMemory,
+        dialogue: Dialogue | None,
+        batch: int | None = None,
+        *,
+        generating: bool = False,
+    ) -> None:
+        self.memory, self.dialogue = memory, dialogue
+        self.batch, self.generating = batch, generating
+        # shape [R, S] of the hidden states that belong to a call with audio and are still to come
+        self.waiting: torch.Size | None = None
+        self.rounds: list[list[Spoken]] = []
+        self.report = TurnReport(0)
+
+    def hear(self, host: Host, inputs: Mapping[str, Any]) -> None:
+        """Notes where the audio of a forward call is. The next :meth:`inject` belongs to it.
+
+        Raises:
+            ArgumentError: another number of dialogues than rows.
+            HostError: no ``input_ids``, or rows that are not repetitions of the batch.
+        """
+        if inputs.get("input_ids") is None:
+            raise HostError(
+                "input_ids is None in a call with audio, but audio tokens are found by their id; "
+                "pass input_ids instead of inputs_embeds, or use disable_adapter()."
+            )
+        shape = inputs["input_ids"].shape
+        batch = self.batch or shape[0]
+        if self.dialogue is not None and len(self.dialogue.ids) != batch:
+            raise ArgumentError(
+                f"ids has {len(self.dialogue.ids)} dialogues {list(self.dialogue.ids)}, but this "
+                f"call has a batch of {batch} rows; open dialogue() with one id per row."
+            )
+        keep = self.dialogue is not None
+        rows = host.clips(inputs, fingerprints=keep or shape[0] != batch)
+        self.repeats = max(1, shape[0] // batch)
+        clips = rows[:: self.repeats]
+        if rows != [clips[r // self.repeats] for r in range(self.repeats * batch)]:
+            raise HostError(
+                f"the host sees {shape[0]} rows for a batch of {batch}, and not the same audio in "
+                "each copy of a row: transformers repeats audio inputs clip by clip, which mixes "
+                "up several clips of one prompt. Use num_beams=1 and num_return_sequences=1, or "
+                "one clip per prompt."
+            )
+        self._open(clips)
+        self.waiting = shape
+
+    def _open(self, clips: list[list[Clip]]) -> None:
+        """Looks up what each row remembers, which clips are new, and in what order they come."""
+        batch = len(clips)
+        speakers = self.dialogue.speakers if self.dialogue else (None,) * batch
+        self.past = [EMPTY] * batch
+        if self.dialogue:
+            self.past = [self.dialogue.store.latest(name) for name in self.dialogue.ids]
+        # one memory to read per row comes first, then the shared ones that are only written
+        shared = [(row, None) for row, who in enumerate(speakers) if who is not None]
+        self.slots: list[tuple[int, str | None]] = [*enumerate(speakers), *shared]
+        self.rounds = [[]]
+        self.marks: list[tuple[int | None, ...]] = []
+        for row, (mine, past) in enumerate(zip(clips, self.past, strict=True)):
+            marks = tuple(clip.fingerprint for clip in mine)
+            known = past.resent(marks)
+            self.marks.append(marks[known:])
+            for j, clip in enumerate(mine):
+                # clips of earlier turns read what is remembered now, with the first new one
+                turn = max(0, j - known)
+                self.rounds += [[] for _ in range(turn + 1 - len(self.rounds))]
+                self.rounds[turn].append(Spoken(row, clip, j >= known, j + 1 == len(mine)))
+        self.report, self.pending = TurnReport(batch), list[tuple[int, Tensor]]()
+
+    def inject(self, hidden: Tensor) -> Tensor:
+        """``hidden`` ``[R, S, Dm]`` with the residual at its audio tokens; the rest bit for bit.
+
+        Each clip reads the memory as it was after the clips before it. The write of the last clip
+        of each row is left to :meth:`commit`.
+
+        Raises:
+            HostError: the hidden states do not line up with ``input_ids``.
+        """
+        if hidden.shape[:-1] != self.waiting:
+            raise HostError(
+                f"hidden states are {list(hidden.shape)} for input_ids {list(self.waiting or ())}: "
+                "the host changed the length of the prompt. Let the processor expand it to one "
+                "placeholder per audio token."
+            )
+        self.waiting = None
+        self.state = self._states(hidden.device)
+        original = hidden
+        for spoken in filter(None, self.rounds):
+            places = self._places(spoken, hidden.shape[1], self.repeats)
+            owners = [x.row for x in spoken for _ in range(self.repeats)]
+            rows = [torch.full_like(p, row) for p, row in zip(places, owners, strict=True)]
+            index, state_index = (torch.cat(x).to(hidden.device) for x in (places, rows))
+            hidden = self.memory.read(hidden, index, state_index, self.state)
+            new = [x for x in spoken if x.new]
+            clips = list(zip(new, self._tokens(new, original), strict=True))
+            for (x, before), after in zip(clips, self._tokens(new, hidden), strict=True):
+                self.report.heard(x.row, before, after)
+            self.pending += [(x.row, tokens) for x, tokens in clips if x.last]
+            self.state = self._write(self.state, [(x.row, t) for x, t in clips if not x.last])
+        return hidden
+
+    def commit(self) -> TurnReport | None:
+        """Writes the last clips and puts the new states in place, for all dialogues or for none.
+
+        Returns ``None`` if the call had no audio.
+
+        Raises:
+            HostError: the host ran without passing the site.
+        """
+        if self.waiting is not None:
+            raise HostError(
+                "the host was given audio but no hidden states passed the site of the adapter; "
+                "name the right decoder in HostSpec(decoder=...)."
+            )
+        if not self.rounds:
+            return None
+        if self.dialogue is not None and self.pending:
+            snapshots = self._snapshots(self.dialogue, self._write(self.state, self.pending))
+            self.dialogue.store.commit(snapshots)
+        return self.report
+
+    def _snapshots(self, dialogue: Dialogue, state: MemoryState) -> dict[str, Snapshot]:
+        """Every dialogue of the batch after the turn, so that undo takes back one turn of each."""
+        states = _rows(state)
+        snapshots = {}
+        for row, (name, past, marks) in enumerate(
+            zip(dialogue.ids, self.past, self.marks, strict=True)
+        ):
+            mine = self._slots_of(row) if marks else []
+            # a copy, that does not keep the states of the whole batch alive
+            written = {self.slots[slot][1]: states[slot].map(torch.clone) for slot in mine}
+            snapshots[name] = Snapshot({**past.states, **written}, past.clips + marks)
+        return snapshots
+
+    def _slots_of(self, row: int) -> list[int]:
+        return [slot for slot, (owner, _) in enumerate(self.slots) if owner == row]
+
+    def _states(self, device: torch.device) -> MemoryState:
+        """One row per slot."""
+        if self.dialogue is None:
+            return self.memory.initial_state(len(self.slots)).to(device)
+        keys = [(self.dialogue.ids[row], who) for row, who in self.slots]
+        return self.dialogue.store.gather(keys, device)
+
+    def _write(self, state: MemoryState, clips: Sequence[tuple[int, Tensor]]) -> MemoryState:
+        """``state`` after one clip ``[T, Dm]`` each of some rows, in every memory of those rows.
+
+        Without what is not finite: left in, one bad row would turn the gradients of all to NaN.
+        """
+        writes = [(slot, tokens) for row, tokens in clips for slot in self._slots_of(row)]
+        writes = self._keep(writes, [tokens.isfinite().all() for _, tokens in writes])
+        if not writes:
+            return state
+        update = self._update(state, writes)
+        kept = self._keep(writes, list(update.state.is_finite()))
+        if not kept:
+            return state
+        if len(kept) < len(writes):
+            writes, update = kept, self._update(state, kept)
+        surprise = torch.split(update.surprise[0], [len(tokens) for _, tokens in writes])
+        order = list(range(len(self.slots)))
+        for i, (slot, _) in enumerate(writes):
+            order[slot] = len(order) + i
+            if slot < self.report.rows:
+                self.report.wrote(slot, surprise[i])
+        return MemoryState.cat([state, update.state]).index_select(_indices(order, state))
+
+    def _keep(
+        self, writes: list[tuple[int, Tensor]], finite: list[Tensor]
+    ) -> list[tuple[int, Tensor]]:
+        flags = torch.stack(finite).tolist() if finite else []
+        self.report.skipped += flags.count(False)
+        return [write for write, ok in zip(writes, flags, strict=True) if ok]
+
+    def _update(self, state: MemoryState, writes: Sequence[tuple[int, Tensor]]) -> MemoryUpdate:
+        slots, tokens = zip(*writes, strict=True)
+        ends = torch.tensor([0, *map(len, tokens)], device=tokens[0].device).cumsum(0)
+        rows = state.index_select(_indices(slots, state))
+        return self.memory.write(torch.cat(tokens), ends, rows)
+
+    def _places(self, spoken: Sequence[Spoken], width: int, copies: int) -> list[Tensor]:
+        """Flat index into ``[R, S]`` of the tokens of each clip, in the first copies of its row."""
+        return [
+            torch.arange(x.clip.start, x.clip.stop) + (x.row * self.repeats + copy) * width
+            for x in spoken
+            for copy in range(copies)
+        ]
+
+    def _tokens(self, spoken: Sequence[Spoken], hidden: Tensor) -> list[Tensor]:
+        """The tokens ``[T, Dm]`` of each clip, from the first copy of its row."""
+        places = self._places(spoken, hidden.shape[1], 1)
+        if not places:
+            return []
+        index = torch.cat(places).to(hidden.device)
+        tokens = hidden.flatten(0, 1).index_select(0, index)
+        return list(torch.split(tokens, [len(p) for p in places]))
+
+
+def _rows(state: MemoryState) -> list[MemoryState]:
+    """Views of the single rows; the gradient of ``split`` is one concatenation."""
+    weights, momentum = (zip(*(torch.split(t, 1) for t in f), strict=True) for f in state[:2])
+    return [MemoryState(w, m) for w, m in zip(weights, momentum, strict=True)]
+
+
+def _indices(rows: Sequence[int], state: MemoryState) -> Tensor:
+    return torch.tensor(rows, device=state.weights[0].device)
