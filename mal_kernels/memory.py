@@ -197,8 +197,7 @@ class NeuralMemory(nn.Module):
             The next state and the surprise ``[1, N, H]``.
         """
         x = self._normed(tokens)
-        rates = self._rates(x, *self._segments(len(x), cu_seqlens))
-        lr, momentum, decay = (r.unsqueeze(0) for r in rates)
+        lr, momentum, decay = (r.unsqueeze(0) for r in self.rates(tokens, cu_seqlens))
         return ops.memory_update(
             self._unit(self.to_k(x)).unsqueeze(0),
             self._heads(self.to_v(x)).unsqueeze(0),
@@ -211,6 +210,15 @@ class NeuralMemory(nn.Module):
             cu_seqlens=cu_seqlens,
             **self._options(),
         )
+
+    def rates(self, tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gates with which :meth:`write` writes ``tokens`` ``[N, Dm]``.
+
+        Returns:
+            ``lr`` ``[N, H]``, and ``momentum`` and ``decay``, ``[N, H]`` or one row per chunk.
+        """
+        x = self._normed(tokens)
+        return self._rates(x, *self._segments(len(x), cu_seqlens))
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -48,8 +48,8 @@ class TurnReport:
         ([9], 0)
     """
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.skipped = rows, 0
+    def __init__(self, rows: int, memory: NeuralMemory) -> None:
+        self.rows, self.skipped, self._memory = rows, 0, memory
         self._before: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, Dm] of each new clip
         self._after: list[list[Tensor]] = [[] for _ in range(rows)]
         self._surprise: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, H] of each write
@@ -72,6 +72,25 @@ class TurnReport:
     def surprise(self) -> Tensor:
         """``[rows]``: mean of ``‖M(k) − v‖²`` over what was written, NaN where nothing was."""
         return torch.tensor([float(torch.cat(x).mean()) if x else NAN for x in self._surprise])
+
+    @property
+    def rates(self) -> dict[str, Tensor]:
+        """Gates of the writes, each ``[rows, H]``, NaN where nothing was heard.
+
+        ``lr`` is the mean write rate of a token before the division by the tokens of its turn,
+        ``momentum`` and ``decay`` are those of the turn.
+        """
+        names = ("lr", "momentum", "decay")
+        rates = {name: torch.full((self.rows, self._memory.heads), NAN) for name in names}
+        with torch.no_grad():
+            for row, clips in enumerate(self._before):
+                ends = torch.tensor([0, *map(len, clips)]).cumsum(0)
+                if clips:
+                    tokens = torch.cat(clips)
+                    lr, *rest = self._memory.rates(tokens, ends.to(tokens.device))
+                    for name, rate in zip(names, (lr.sum(0) / len(clips), *rest), strict=True):
+                        rates[name][row] = rate.reshape(-1, self._memory.heads).mean(0)
+        return rates
 
     @property
     def residual_ratio(self) -> Tensor:
@@ -107,7 +126,7 @@ class Turn:
         # shape [R, S] of the hidden states that belong to a call with audio and are still to come
         self.waiting: torch.Size | None = None
         self.rounds: list[list[Spoken]] = []
-        self.report = TurnReport(0)
+        self.report = TurnReport(0, memory)
 
     def hear(self, host: Host, inputs: Mapping[str, Any]) -> None:
         """Notes where the audio of a forward call is. The next :meth:`inject` belongs to it.
@@ -163,7 +182,7 @@ class Turn:
                 turn = max(0, j - known)
                 self.rounds += [[] for _ in range(turn + 1 - len(self.rounds))]
                 self.rounds[turn].append(Spoken(row, clip, j >= known, j + 1 == len(mine)))
-        self.report, self.pending = TurnReport(batch), list[tuple[int, Tensor]]()
+        self.report, self.pending = TurnReport(batch, self.memory), list[tuple[int, Tensor]]()
 
     def inject(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[R, S, Dm]`` with the residual at its audio tokens; the rest bit for bit.

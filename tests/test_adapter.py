@@ -434,6 +434,11 @@ def test_last_turn_reports(host):
     before = host(**x, output_hidden_states=True).hidden_states[0][2, tokens]
     ratio = (plain[2, tokens] - before).norm() / before.norm()
     torch.testing.assert_close(report.residual_ratio[2], ratio)
+    lr, momentum, decay = mal.memory.rates(before, torch.tensor([0, 3]))
+    torch.testing.assert_close(report.rates["lr"][2], lr.sum(0).detach())
+    torch.testing.assert_close(report.rates["momentum"][2:], momentum.detach())
+    torch.testing.assert_close(report.rates["decay"][2:], decay.detach())
+    assert report.rates["lr"][1].isnan().all()
     assert not report.surprise.requires_grad
 
 

@@ -164,3 +164,24 @@ def test_autocast_keeps_the_state_float32():
         _, state = memory(torch.randn(1, 9, 12))
     assert isinstance(state, MemoryState)
     assert {t.dtype for t in state.weights} == {torch.float32}
+
+
+def test_rates_are_those_of_the_write():
+    memory = layer(**KINDS["turns"], momentum_init=0.2)
+    tokens, ends = torch.randn(6, 12), torch.tensor([0, 6])
+    lr, momentum, decay = memory.rates(tokens, ends)
+    state = memory.initial_state(1)
+    x = torch.nn.functional.rms_norm(tokens, (12,), memory.norm, 1e-6)
+    k = torch.nn.functional.normalize(memory.to_k(x).view(1, 6, 2, 8), dim=-1)
+    expected = ops.memory_update(
+        k,
+        memory.to_v(x).view(1, 6, 2, 8),
+        lr[None],
+        momentum[None],
+        decay[None],
+        state,
+        step="chunk",
+        init=state.weights,
+        max_grad_norm=1.0,
+    )
+    close(memory.write(tokens, ends, state).state.weights, expected.state.weights)
