@@ -31,15 +31,15 @@ Everything is products, never a logarithm or a quotient: η = 0 and α = 1 are e
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .grid import Grid, bounds_of, n_chunks
 from .state import MemoryState
 
 LAYER_NORM_EPS = 1e-5  # of residual_norm
@@ -80,6 +80,11 @@ class ReadParams(NamedTuple):
     w_out: Tensor
 
 
+Weights: TypeAlias = tuple[Tensor, ...]  # one tensor per layer
+# of one chunk: weights and momentum after it, surprise, and the output if there is one
+_Advanced: TypeAlias = tuple[Weights, Weights, Tensor, tuple[Tensor, ...]]
+
+
 class _Memory(NamedTuple):
     """The choices that make a memory, constant over a call."""
 
@@ -92,27 +97,20 @@ class _Memory(NamedTuple):
 # --- the memory network ---------------------------------------------------------------------
 
 
-def _gelu_derivative(z: Tensor) -> Tensor:
-    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
+def _silu_backward(d: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)  # aten's own silu_backward has no derivative
+    return d * s * (1 + z * (1 - s))
 
 
-def _gelu_tanh_derivative(z: Tensor) -> Tensor:
-    c, k = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(c * (z + k * z**3))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * k * z * z)
-
-
-def _silu_derivative(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "gelu": (F.gelu, _gelu_derivative),
-    "gelu_tanh": (lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_derivative),
-    "silu": (F.silu, _silu_derivative),
-    "relu": (F.relu, lambda z: (z > 0).to(z.dtype)),
+# act(z), and act'(z) ⊙ d as a function of d and z
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (
+        functools.partial(F.gelu, approximate="tanh"),
+        functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+    "silu": (F.silu, _silu_backward),
+    "relu": (F.relu, lambda d, z: torch.ops.aten.threshold_backward(d, z, 0)),
 }
 
 
@@ -156,11 +154,11 @@ def recurrence(
     with the functions below, so that each checks the other. Slow; differentiable.
     """
     memory = _Memory(activation, residual_norm, max_grad_norm, step)
-    bounds = _bounds(k, cu_seqlens)
+    bounds = bounds_of(k, cu_seqlens)
     gates = _none_to_zero(k, lr, momentum, decay, step, bounds, chunk_size)
     rows, first_gate = [], 0
     for row, (b, begin, end) in enumerate(bounds):
-        n_gates = end - begin if step == "token" else _n_chunks(end - begin, chunk_size)
+        n_gates = end - begin if step == "token" else n_chunks(end - begin, chunk_size)
         tokens = [x[b, begin:end] for x in (q, k, v, lr)]
         row_gates = [g[b, first_gate : first_gate + n_gates] for g in gates]
         if cu_seqlens is not None:
@@ -266,36 +264,85 @@ def neural_memory(
     ``q=None`` writes only, as :func:`mal_kernels.ops.memory_update` does; ``output`` is then empty.
     """
     memory = _Memory(activation, residual_norm, max_grad_norm, step)
-    dtype, bounds = state.weights[0].dtype, _bounds(k, cu_seqlens)
-    grid = _Grid.of(k, bounds, state.position, chunk_size)
-    momentum, decay = _none_to_zero(k, lr, momentum, decay, step, bounds, chunk_size)
-    tokens = [grid.pack(x.to(dtype)) for x in (k, v, lr, *([] if q is None else [q]))]
-    pack_gate = grid.pack if step == "token" else grid.pack_chunk_gate
-    gates = [pack_gate(g.to(dtype)) for g in (momentum, decay)]
-    init = tuple(init or ())
-
-    n = len(state.weights)
-    weights, trace = state.weights, state.momentum
-    anchor = state.weights if state.anchor is None else state.anchor
-    outputs, surprises = [], []
-    for c in range(grid.chunks):
-        opens = grid.opens[c]
-        anchor = weights if opens is None else _where(opens, weights, anchor)
-        chunk = _Chunk(memory, n, len(init), grid.mask[c], q is not None)
-        inputs = (x[c] for x in (*tokens[:3], *gates, *tokens[3:]))
-        out = _Recompute.apply(  # type: ignore[no-untyped-call]
-            chunk, *weights, *trace, *anchor, *init, *inputs
-        )
-        weights, trace = out[:n], out[n : 2 * n]
-        surprises.append(out[2 * n])
-        outputs += out[2 * n + 1 :]
-
-    surprise = grid.unpack(surprises, lr.to(dtype))
-    output = k.new_empty(0) if q is None else grid.unpack(outputs, q)
-    new = MemoryState(tuple(weights), tuple(trace))
+    dtype, (weights, trace, anchor, _) = state.weights[0].dtype, state
+    grid = Grid.of(k, bounds_of(k, cu_seqlens), state.position, chunk_size)
+    chunks = _Chunks.of(grid, memory, dtype, q, k, v, lr, momentum, decay)
+    outputs: list[Tensor] = []
+    surprises: list[Tensor] = []
+    for start, result in _walk(grid, memory, state, tuple(init or ()), chunks):
+        anchor, (weights, trace, surprise, output) = start[2], result
+        surprises.append(surprise)
+        outputs += output
+    new = MemoryState(weights, trace)
     if keeps_position(k.shape[1], state.position, cu_seqlens, chunk_size, step):
-        new = new._replace(anchor=tuple(anchor), position=grid.position)
-    return NeuralMemoryOutput(output, new, surprise)
+        new = new._replace(anchor=anchor or weights, position=grid.position)
+    y = k.new_empty(0) if q is None else grid.unpack(outputs, q)
+    return NeuralMemoryOutput(y, new, grid.unpack(surprises, lr.to(dtype)))
+
+
+def neural_memory_backward(
+    grads: NeuralMemoryOutput,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: MemoryState,
+    *,
+    chunk_size: int | None = None,
+    step: str = "token",
+    activation: str = "gelu",
+    residual_norm: bool = False,
+    max_grad_norm: float | None = None,
+    init: Sequence[Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> list[Tensor]:
+    """Vector-Jacobian product of :func:`neural_memory`, one chunk at a time.
+
+    Walks forward once for the state at the start of every chunk, then backward, recomputing a chunk
+    before it is differentiated: what is alive is one state per chunk and the activations of one.
+    ``grads`` are those of every output; the other arguments are those of the forward call.
+
+    Returns:
+        Gradients of the six inputs, then of the weights, momentum and anchor of ``state`` and of
+        ``init``, those left out that are absent.
+    """
+    memory = _Memory(activation, residual_norm, max_grad_norm, step)
+    dtype, init = state.weights[0].dtype, tuple(init or ())
+    grid = Grid.of(k, bounds_of(k, cu_seqlens), state.position, chunk_size)
+    inputs = (q, k, v, lr, momentum, decay)
+
+    def prepare(*given: Tensor) -> _Chunks:
+        rest = iter(given)
+        every: list[Any] = [None if x is None else next(rest) for x in inputs]
+        return _Chunks.of(grid, memory, dtype, *every)
+
+    chunks, prepare_vjp = torch.func.vjp(prepare, *(x for x in inputs if x is not None))[:2]
+    starts = [start for start, _ in _walk(grid, memory, state, init, chunks.without_queries())]
+
+    zeros = tuple(torch.zeros_like(w) for w in state.weights)
+    d_weights, d_trace, d_anchor = (*grads.state[:2], grads.state.anchor or zeros)
+    d_init = tuple(torch.zeros_like(w) for w in init)
+    d_surprise = grid.pack(grads.surprise.to(dtype))
+    d_output = [] if q is None else [grid.pack(grads.output.to(dtype))]
+    d_chunks: list[list[Any]] = []
+    for c in reversed(range(grid.chunks)):
+        advance = functools.partial(_advance, memory)
+        vjp = torch.func.vjp(advance, *starts[c], init, *chunks.at(c))[1]
+        d_result = (d_weights, d_trace, d_surprise[c], tuple(d[c] for d in d_output))
+        d_weights, d_trace, d_a, d_i, *d_chunk = vjp(d_result)
+        d_chunks.insert(0, d_chunk)
+        d_anchor, d_init = _add(d_anchor, d_a), _add(d_init, d_i)
+        # where a row opened the chunk, its anchor was the weights at the start
+        opens = grid.opens[c]
+        opened = d_anchor if opens is None else _where(opens, d_anchor, zeros)
+        d_anchor = zeros if opens is None else _where(opens, zeros, d_anchor)
+        d_weights = _add(d_weights, opened)
+    if state.anchor is None:
+        d_weights, d_anchor = _add(d_weights, d_anchor), ()
+    d_inputs = prepare_vjp(chunks.stacked(d_chunks))
+    return [*d_inputs, *d_weights, *d_trace, *d_anchor, *d_init]
 
 
 def keeps_position(
@@ -311,55 +358,88 @@ def keeps_position(
     return position is not None or cu_seqlens is not None or tokens % chunk_size != 0
 
 
-class _Recompute(torch.autograd.Function):
-    """Calls ``fn(*tensors)`` and keeps its inputs only: backward recomputes.
+class _Chunks(NamedTuple):
+    """All chunks of a call; the first dimension of every tensor counts them."""
 
-    So the activations of one chunk at a time are alive. Unlike ``torch.utils.checkpoint`` this
-    works under ``torch.func``.
-    """
+    tokens: tuple[Tensor, ...]  # k, v [chunks, N, H, C, D], lr [chunks, N, H, C]; q if it reads
+    coefficients: _TokenSteps | _ChunkStep
 
-    @staticmethod
-    def forward(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return fn(*tensors)
+    @classmethod
+    def of(
+        cls,
+        grid: Grid,
+        memory: _Memory,
+        dtype: torch.dtype,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        lr: Tensor,
+        momentum: Tensor | None,
+        decay: Tensor | None,
+    ) -> _Chunks:
+        tokens = tuple(grid.pack(x.to(dtype)) for x in (k, v, lr, q) if x is not None)
+        by_token = memory.step == "token"
+        pack = grid.pack if by_token else grid.pack_chunk_gate
+        absent = torch.zeros_like(tokens[2] if by_token else tokens[2][..., 0])
+        eta, alpha = (absent if g is None else pack(g.to(dtype)) for g in (momentum, decay))
+        if by_token:
+            return cls(tokens, _TokenSteps.of(eta, alpha, grid.mask, every=q is not None))
+        return cls(tokens, _ChunkStep.of(eta, alpha, grid.mask))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.fn = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+    def at(self, c: int) -> tuple[tuple[Tensor, ...], _TokenSteps | _ChunkStep]:
+        """Tokens and coefficients of chunk ``c``."""
+        return tuple(x[c] for x in self.tokens), self.coefficients.at(c)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        vjp = torch.func.vjp(ctx.fn, *ctx.saved_tensors)[1]
-        return None, *vjp(grads)
+    def without_queries(self) -> _Chunks:
+        """The same for a walk that only writes."""
+        return self._replace(tokens=self.tokens[:3])
+
+    def stacked(self, parts: Sequence[Sequence[Any]]) -> _Chunks:
+        """The inverse of :meth:`at` for every chunk."""
+
+        def stack(whole: Sequence[Tensor], parts: list[Sequence[Tensor]]) -> list[Tensor]:
+            if not parts:
+                return [torch.zeros_like(x) for x in whole]
+            return [torch.stack(x) for x in zip(*parts, strict=True)]
+
+        tokens = stack(self.tokens, [tokens for tokens, _ in parts])
+        coefficients = stack(self.coefficients, [c for _, c in parts])
+        return _Chunks(tuple(tokens), type(self.coefficients)._make(coefficients))
 
 
-class _Chunk(NamedTuple):
-    """One chunk of all rows as a function of tensors alone, returning the state after it."""
+def _walk(
+    grid: Grid, memory: _Memory, state: MemoryState, init: tuple[Tensor, ...], chunks: _Chunks
+) -> Iterator[tuple[tuple[Weights, Weights, Weights], _Advanced]]:
+    """Weights, momentum and anchor at the start of every chunk, and the result of the chunk."""
+    weights, trace, anchor = state.weights, state.momentum, state.anchor or state.weights
+    for c in range(grid.chunks):
+        opens = grid.opens[c]
+        anchor = weights if opens is None else _where(opens, weights, anchor)
+        start = (weights, trace, anchor)
+        result = _advance(memory, *start, init, *chunks.at(c))
+        weights, trace = result[:2]
+        yield start, result
 
-    memory: _Memory
-    n_weights: int
-    n_init: int
-    mask: Tensor  # [N, C], False where the grid holds no token
-    reads: bool
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        n, memory, m = self.n_weights, self.memory, 3 * self.n_weights + self.n_init
-        weights, trace, anchor = (tensors[i * n : (i + 1) * n] for i in range(3))
-        init = tensors[3 * n : m] or None
-        k, v, lr, momentum, decay, *q = tensors[m:]  # [N, H, C, D] and [N, H, C]
-        xs, deltas, surprise = _gradient_factors(anchor, k, v, memory)
-        deltas = [lr.unsqueeze(-1) * d for d in deltas]
-        if memory.step == "token":
-            c = _token_coefficients(momentum, decay, self.mask.unsqueeze(1), every=self.reads)
-        else:
-            c = _chunk_coefficients(momentum, decay, self.mask)
-        outputs = []
-        if self.reads and memory.step == "token":
-            outputs = [_read_inside(q[0], weights, trace, init, xs, deltas, c, memory)]
-        elif self.reads:
-            outputs = [memory_network(weights, q[0], memory.activation, memory.residual_norm)]
-        new = _write(weights, trace, init, xs, deltas, c)
-        return (*new, surprise, *outputs)
+def _advance(
+    memory: _Memory,
+    weights: Weights,
+    trace: Weights,
+    anchor: Weights,
+    init: Weights,
+    tokens: tuple[Tensor, ...],
+    c: _TokenSteps | _ChunkStep,
+) -> _Advanced:
+    """One chunk of all rows: weights and momentum after it, surprise, output if it reads."""
+    k, v, lr, *queries = tokens
+    xs, deltas, surprise = _gradient_factors(anchor, k, v, memory)
+    deltas = [lr.unsqueeze(-1) * d for d in deltas]
+    if isinstance(c, _TokenSteps):
+        outputs = [_read_inside(q, weights, trace, init, xs, deltas, c, memory) for q in queries]
+    else:
+        act, norm = memory.activation, memory.residual_norm
+        outputs = [memory_network(weights, q, act, norm) for q in queries]
+    return *_write(weights, trace, init, xs, deltas, c), surprise, tuple(outputs)
 
 
 def _gradient_factors(
@@ -369,12 +449,12 @@ def _gradient_factors(
 
     With ``residual_norm`` the gradient of γ, a plain vector, stands last among the ``δ``.
     """
-    act, derivative = ACTIVATIONS[memory.activation]
+    act, act_backward = ACTIVATIONS[memory.activation]
     layers = anchor[:-1] if memory.residual_norm else anchor
-    zs = [k @ layers[0]]
+    xs, zs = [k], [k @ layers[0]]
     for w in layers[1:]:
-        zs.append(act(zs[-1]) @ w)
-    xs = [k, *(act(z) for z in zs[:-1])]
+        xs.append(act(zs[-1]))
+        zs.append(xs[-1] @ w)
     if memory.residual_norm:
         mean = zs[-1].mean(-1, keepdim=True)
         var = zs[-1].var(-1, keepdim=True, correction=0)
@@ -390,7 +470,7 @@ def _gradient_factors(
         delta = 2 * error
     deltas = [delta]
     for w, z in zip(reversed(layers[1:]), reversed(zs[:-1]), strict=True):
-        deltas.insert(0, (deltas[0] @ w.mT) * derivative(z))
+        deltas.insert(0, act_backward(deltas[0] @ w.mT, z))
     if memory.residual_norm:
         deltas.append(d_gamma)
     return xs, _clip(xs, deltas, memory.max_grad_norm), (error * error).sum(-1)
@@ -407,8 +487,8 @@ def _clip(xs: Sequence[Tensor], deltas: list[Tensor], max_norm: float | None) ->
     return [scale.unsqueeze(-1) * d for d in deltas]
 
 
-class _Coefficients(NamedTuple):
-    """Rows ``t`` of the closed form: all ``C`` of them where tokens read, else the last alone."""
+class _TokenSteps(NamedTuple):
+    """Rows ``t`` of the closed form: ``R = C`` of them where tokens read, else the last alone."""
 
     w: Tensor  # [N, H, R, C]
     beta: Tensor  # [N, H, R]
@@ -416,38 +496,68 @@ class _Coefficients(NamedTuple):
     e_last: Tensor  # [N, H, C]
     e0_last: Tensor  # [N, H]
 
+    @classmethod
+    def of(cls, momentum: Tensor, decay: Tensor, mask: Tensor, *, every: bool) -> _TokenSteps:
+        """From gates ``[..., N, H, C]``.
 
-def _token_coefficients(
-    momentum: Tensor, decay: Tensor, mask: Tensor, *, every: bool
-) -> _Coefficients:
-    """From gates ``[N, H, C]``. A masked slot is skipped: it neither decays nor adds S to W."""
-    eta = torch.where(mask, momentum, 1.0)
-    a = torch.where(mask, 1 - decay, 1.0)
-    rows = slice(None) if every else slice(-1, None)
-    decays = (_segment_products(a) * mask.unsqueeze(-2))[..., rows, :]
-    momenta = _segment_products(eta)
-    e0 = eta.cumprod(-1)
-    return _Coefficients(
-        w=decays @ momenta,
-        beta=a.cumprod(-1)[..., rows],
-        f=(decays @ e0.unsqueeze(-1)).squeeze(-1),
-        e_last=momenta[..., -1, :],
-        e0_last=e0[..., -1],
-    )
+        Where ``mask`` ``[..., N, C]`` is False no token stands: that slot neither decays nor adds S
+        to W.
+        """
+        mask = mask.unsqueeze(-2)
+        eta = torch.where(mask, momentum, 1.0)
+        a = torch.where(mask, 1 - decay, 1.0)
+        rows = slice(None) if every else slice(-1, None)
+        decays = (_segment_products(a) * mask.unsqueeze(-2))[..., rows, :]
+        momenta = _segment_products(eta)
+        e0 = eta.cumprod(-1)
+        f = (decays @ e0.unsqueeze(-1)).squeeze(-1)
+        beta = a.cumprod(-1)[..., rows]
+        return cls(decays @ momenta, beta, f, momenta[..., -1, :], e0[..., -1])
+
+    def at(self, c: int) -> _TokenSteps:
+        """Those of chunk ``c``."""
+        return _TokenSteps._make(x[c] for x in self)
+
+    def after_the_last(self) -> tuple[Tensor, Tensor, Tensor]:
+        """β, f and ε ``[N, H]`` of the chunk's last token."""
+        return self.beta[..., -1], self.f[..., -1], self.e0_last
+
+    def gradients(self, x: Tensor | None, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """``Σ_s w_Cs x_s ⊗ δ_s`` and ``Σ_s E_Cs x_s ⊗ δ_s``; ``x=None``: ``δ_s`` alone."""
+        scales = (self.w[..., -1, :].unsqueeze(-1), self.e_last.unsqueeze(-1))  # [N, H, C, 1]
+        if x is None:
+            of_w, of_s = ((c * delta).sum(-2) for c in scales)
+        else:
+            of_w, of_s = ((c * x).mT @ delta for c in scales)
+        return of_w, of_s
 
 
-def _chunk_coefficients(momentum: Tensor, decay: Tensor, mask: Tensor) -> _Coefficients:
-    """From gates ``[N, H]``: w = E = 1. A row without tokens keeps its state."""
-    active = mask.any(-1, keepdim=True)
-    eta = torch.where(active, momentum, 1.0)
-    ones = mask.unsqueeze(1).to(momentum.dtype).expand(*momentum.shape, -1)
-    return _Coefficients(
-        w=ones.unsqueeze(-2),
-        beta=torch.where(active, 1 - decay, 1.0).unsqueeze(-1),
-        f=torch.where(active, momentum, 0.0).unsqueeze(-1),
-        e_last=ones,
-        e0_last=eta,
-    )
+class _ChunkStep(NamedTuple):
+    """One step for the whole chunk: ``w = E = 1``, ``β = 1 − α``, ``f = ε = η``."""
+
+    beta: Tensor  # [N, H]
+    f: Tensor  # [N, H]
+    e0_last: Tensor  # [N, H]
+
+    @classmethod
+    def of(cls, momentum: Tensor, decay: Tensor, mask: Tensor) -> _ChunkStep:
+        """From gates ``[..., N, H]``; a row without tokens in the chunk keeps its state."""
+        active = mask.any(-1, keepdim=True)
+        gates = ((1 - decay, 1.0), (momentum, 0.0), (momentum, 1.0))
+        return cls(*(torch.where(active, gate, idle) for gate, idle in gates))
+
+    def at(self, c: int) -> _ChunkStep:
+        """Those of chunk ``c``."""
+        return _ChunkStep._make(x[c] for x in self)
+
+    def after_the_last(self) -> tuple[Tensor, Tensor, Tensor]:
+        """β, f and ε ``[N, H]``."""
+        return self
+
+    def gradients(self, x: Tensor | None, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """``Σ_s x_s ⊗ δ_s`` twice, for the weights and for the momentum."""
+        total = delta.sum(-2) if x is None else x.mT @ delta
+        return total, total
 
 
 def _segment_products(gate: Tensor) -> Tensor:
@@ -458,41 +568,34 @@ def _segment_products(gate: Tensor) -> Tensor:
 
 
 def _write(
-    weights: Sequence[Tensor],
-    trace: Sequence[Tensor],
-    init: Sequence[Tensor] | None,
+    weights: Weights,
+    trace: Weights,
+    init: Weights,
     xs: Sequence[Tensor],
     deltas: Sequence[Tensor],
-    c: _Coefficients,
-) -> list[Tensor]:
-    """The closed form at the last token: new weights, then new momentum."""
-    beta, f, w = c.beta[..., -1], c.f[..., -1], c.w[..., -1, :]
+    c: _TokenSteps | _ChunkStep,
+) -> tuple[Weights, Weights]:
+    """The closed form at the last token: new weights and new momentum."""
+    beta, f, e0 = c.after_the_last()
     new_weights, new_trace = [], []
-    for i, (weight, s, d) in enumerate(zip(weights, trace, deltas, strict=True)):
-        x = xs[i] if i < len(xs) else None
-        new = _per_head(beta, weight) * weight + _per_head(f, s) * s - _summed_gradient(w, x, d)
-        if init is not None:
-            new = new + _per_head(1 - beta, weight) * init[i]
+    for i, (w, s, delta) in enumerate(zip(weights, trace, deltas, strict=True)):
+        of_w, of_s = c.gradients(xs[i] if i < len(xs) else None, delta)
+        new = _per_head(beta, w) * w + _per_head(f, s) * s - of_w
+        if init:
+            new = new + _per_head(1 - beta, w) * init[i]
         new_weights.append(new)
-        new_trace.append(_per_head(c.e0_last, s) * s - _summed_gradient(c.e_last, x, d))
-    return new_weights + new_trace
-
-
-def _summed_gradient(c: Tensor, x: Tensor | None, delta: Tensor) -> Tensor:
-    """``Σ_s c_s x_s ⊗ δ_s``, ``c`` ``[N, H, C]``."""
-    if x is None:
-        return (c.unsqueeze(-2) @ delta).squeeze(-2)
-    return (x * c.unsqueeze(-1)).mT @ delta
+        new_trace.append(_per_head(e0, s) * s - of_s)
+    return tuple(new_weights), tuple(new_trace)
 
 
 def _read_inside(
     q: Tensor,
-    weights: Sequence[Tensor],
-    trace: Sequence[Tensor],
-    init: Sequence[Tensor] | None,
+    weights: Weights,
+    trace: Weights,
+    init: Weights,
     xs: Sequence[Tensor],
     deltas: Sequence[Tensor],
-    c: _Coefficients,
+    c: _TokenSteps,
     memory: _Memory,
 ) -> Tensor:
     """``y_t = M(q_t; W_t)`` for every token of the chunk without forming any ``W_t``."""
@@ -502,7 +605,7 @@ def _read_inside(
     def layer(i: int, h: Tensor) -> Tensor:
         """``h_t`` times the weights of layer ``i`` at token t."""
         z = beta * (h @ weights[i]) + f * (h @ trace[i]) - (c.w * (h @ xs[i].mT)) @ deltas[i]
-        return z if init is None else z + (1 - beta) * (h @ init[i])
+        return z + (1 - beta) * (h @ init[i]) if init else z
 
     z = layer(0, q)
     for i in range(1, len(xs)):
@@ -510,7 +613,7 @@ def _read_inside(
     if not memory.residual_norm:
         return z
     gain = 1 + beta * weights[-1].unsqueeze(-2) + f * trace[-1].unsqueeze(-2) - c.w @ deltas[-1]
-    if init is not None:
+    if init:
         gain = gain + (1 - beta) * init[-1].unsqueeze(-2)
     return q + gain * F.layer_norm(z, z.shape[-1:], eps=LAYER_NORM_EPS)
 
@@ -576,7 +679,7 @@ def memory_read(
     if cu_seqlens is None:
         y = memory_network(state.weights, x.transpose(1, 2), activation, residual_norm)
         return y.transpose(1, 2).to(q.dtype)
-    grid = _Grid.of(q, _bounds(q, cu_seqlens), None, None)
+    grid = Grid.of(q, bounds_of(q, cu_seqlens), None, None)
     packed = grid.pack(x)
     return grid.unpack(
         [memory_network(state.weights, p, activation, residual_norm) for p in packed], q
@@ -615,82 +718,6 @@ def aligned_residual_read(
     return flat.index_copy(0, token, (x + residual).to(hidden.dtype)).view(hidden.shape)
 
 
-# --- rows of unequal length on one grid of chunks -------------------------------------------
-
-
-class _Grid(NamedTuple):
-    """Tokens of all rows laid on ``[N, chunks · size]`` slots, each row shifted by its position."""
-
-    slot: Tensor  # [B·T] int64, of each token
-    rows: int
-    chunks: int
-    size: int
-    mask: Tensor  # [chunks, N, size] bool, slot holds a token
-    opens: list[Tensor | None]  # per chunk [N] bool: the row starts a chunk here; None: every row
-    position: Tensor  # [N] int64, after the last token
-    gate_index: Tensor  # [chunks, N] int64, the row's chunk gate in the flattened [B·NC]
-
-    @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        bounds: list[tuple[int, int, int]],
-        position: Tensor | None,
-        chunk_size: int | None,
-    ) -> _Grid:
-        lengths = torch.tensor([end - begin for _, begin, end in bounds], device=x.device)
-        start = torch.zeros_like(lengths) if position is None else position
-        size = chunk_size or max(int(lengths.max()), 1)
-        chunks = -(-int((start + lengths).max()) // size)
-        row = torch.repeat_interleave(torch.arange(len(bounds), device=x.device), lengths)
-        before = (lengths.cumsum(0) - lengths)[row]
-        column = torch.arange(len(row), device=x.device) - before + start[row]
-        index = row * (chunks * size) + column
-        mask = torch.zeros(len(bounds) * chunks * size, dtype=torch.bool, device=x.device)
-        mask = mask.index_fill(0, index, True).view(len(bounds), chunks, size).transpose(0, 1)
-        counts = torch.clamp(-(-lengths // size), min=1)
-        chunk = torch.arange(chunks, device=x.device).unsqueeze(1)
-        gate_index = (counts.cumsum(0) - counts) + torch.minimum(chunk, counts - 1)
-        whole_rows = position is None and bool((lengths == lengths[:1]).all())
-        opens: list[Tensor | None] = [None] * chunks
-        if not whole_rows:
-            opens = [m.any(-1) & ((start == 0) | (c > 0)) for c, m in enumerate(mask)]
-        end = (start + lengths) % size
-        return cls(index, len(bounds), chunks, size, mask, opens, end, gate_index)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """``[B, T, H, ...]`` to ``[chunks, N, H, size, ...]``, zero where there is no token."""
-        x = x.flatten(0, 1)
-        slots = x.new_zeros(self.rows * self.chunks * self.size, *x.shape[1:])
-        slots = slots.index_copy(0, self.slot, x)
-        grid = slots.view(self.rows, self.chunks, self.size, *x.shape[1:])
-        return grid.transpose(0, 1).transpose(2, 3)
-
-    def pack_chunk_gate(self, gate: Tensor) -> Tensor:
-        """``[B, NC, H]`` to ``[chunks, N, H]``."""
-        return gate.flatten(0, 1)[self.gate_index]
-
-    def unpack(self, chunks: list[Tensor], like: Tensor) -> Tensor:
-        """The inverse of :meth:`pack`, with the shape and dtype of ``like``."""
-        if not chunks:
-            return torch.zeros_like(like)
-        grid = torch.stack(chunks).transpose(2, 3).transpose(0, 1)
-        return grid.flatten(0, 2)[self.slot].view(like.shape).to(like.dtype)
-
-
-def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
-    """``(b, begin, end)`` of every sequence."""
-    if cu_seqlens is None:
-        return [(b, 0, x.shape[1]) for b in range(x.shape[0])]
-    marks = cu_seqlens.tolist()
-    return [(0, begin, end) for begin, end in pairwise(marks)]
-
-
-def _n_chunks(tokens: int, chunk_size: int | None) -> int:
-    """Chunk gates of a sequence: one even when it is empty."""
-    return 1 if chunk_size is None else max(1, -(-tokens // chunk_size))
-
-
 def _none_to_zero(
     k: Tensor,
     lr: Tensor,
@@ -703,12 +730,16 @@ def _none_to_zero(
     """Absent momentum or decay is zero momentum or decay."""
     n = k.shape[1]
     if step == "chunk":
-        n = sum(_n_chunks(e - b, chunk_size) for _, b, e in bounds) // max(k.shape[0], 1)
+        n = sum(n_chunks(e - b, chunk_size) for _, b, e in bounds) // max(k.shape[0], 1)
     zero = lr.new_zeros(k.shape[0], n, k.shape[2])
     return [zero if g is None else g for g in (momentum, decay)]
 
 
-def _where(rows: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _add(a: Weights, b: Weights) -> Weights:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _where(rows: Tensor, a: Weights, b: Weights) -> Weights:
     """Row-wise choice between two lists of weights; ``rows`` ``[N]`` bool."""
     pairs = zip(a, b, strict=True)
     return tuple(torch.where(rows.view(-1, *(1,) * (x.ndim - 1)), x, y) for x, y in pairs)

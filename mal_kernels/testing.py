@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
-from .errors import ArgumentError
 from .state import MemoryState
+from .zoo import tiny_host as tiny_host
+from .zoo import tiny_inputs as tiny_inputs
 
 
 class Inputs(NamedTuple):
@@ -106,7 +107,8 @@ def make_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    rows, counts = batch, [max(1, -(-tokens // (chunk_size or max(tokens, 1))))] * batch
+    per_row = 1 if chunk_size is None else max(1, -(-tokens // chunk_size))
+    rows, counts = batch, [per_row] * batch
     options: dict[str, Any] = dict(
         chunk_size=chunk_size,
         step=step,
@@ -118,7 +120,7 @@ def make_inputs(
         rows, batch, tokens = len(lengths), 1, sum(lengths)
         counts = [1 if chunk_size is None else max(1, -(-n // chunk_size)) for n in lengths]
         options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-    n = tokens if step == "token" else (sum(counts) if lengths is not None else counts[0])
+    n = tokens if step == "token" else (sum(counts) if lengths is not None else per_row)
 
     q, k, v = (F.normalize(normal(batch, tokens, heads, head_dim), dim=-1) for _ in range(3))
     lr = max_lr * normal(batch, tokens, heads).sigmoid()
@@ -269,93 +271,3 @@ def assert_parity(function: Callable[..., Any], inputs: Inputs) -> None:
             twin=None if twin is None else twin[name],
             dtype=dtype,
         )
-
-
-# --- hosts ----------------------------------------------------------------------------------------
-
-
-def tiny_host(name: str = "qwen2_audio", *, seed: int = 0, **overrides: Any) -> Any:
-    """A real transformers host with a tiny random configuration, in eval mode.
-
-    Args:
-        name: ``config.model_type``; see ``mal_kernels.hosts``.
-        seed: of its weights.
-        overrides: fields of the text configuration, such as ``num_hidden_layers``.
-
-    Example:
-        >>> from mal_kernels.testing import tiny_host
-        >>> type(tiny_host("qwen2_audio")).__name__
-        'Qwen2AudioForConditionalGeneration'
-    """
-    import transformers
-
-    if name != "qwen2_audio":
-        raise ArgumentError(f"name is {name!r}; tiny hosts exist for 'qwen2_audio'.")
-    audio = {
-        "num_mel_bins": 8,
-        "d_model": 16,
-        "encoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 16,
-        "max_source_positions": 20,
-    }
-    text = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    config = transformers.Qwen2AudioConfig(
-        audio_config=transformers.Qwen2AudioEncoderConfig(**audio),
-        text_config=transformers.Qwen2Config(**text | overrides),
-        audio_token_index=60,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        host = transformers.Qwen2AudioForConditionalGeneration(config)
-    host.generation_config.update(pad_token_id=0, max_new_tokens=4)
-    return host.eval()
-
-
-def tiny_inputs(
-    host: Any, clips: Sequence[Sequence[int]], *, seed: int = 0, side: str = "left"
-) -> dict[str, Tensor]:
-    """A prompt for :func:`tiny_host`: text around clips, padded to one length.
-
-    Args:
-        host: what the prompt is for.
-        clips: audio tokens (1 to 10) of every clip, for each row.
-        seed: of text and audio; the same seed and place in the batch give the same clip.
-        side: where rows are padded.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` ``[B, S]``; unless no row has a clip, also
-        ``input_features`` ``[N, mels, frames]`` and ``feature_attention_mask`` ``[N, frames]``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows, lengths = [], []
-    for row in clips:
-        ids = [1, *torch.randint(3, 50, (2,), generator=generator).tolist()]
-        for tokens in row:
-            ids += [61, *[host.config.audio_token_id] * tokens, 62]
-            lengths.append(tokens)
-        rows.append(ids + torch.randint(3, 50, (3,), generator=generator).tolist())
-    width = max(map(len, rows))
-    pad = [[0] * (width - len(ids)) for ids in rows]
-    both = list(zip(rows, pad, strict=True))
-    padded = torch.tensor([p + ids if side == "left" else ids + p for ids, p in both])
-    inputs = {"input_ids": padded, "attention_mask": (padded != 0).long()}
-    if lengths:
-        audio = host.config.audio_config
-        frames = 2 * audio.max_source_positions
-        # two convolutions of stride 2 make one token of four frames
-        heard = torch.tensor(lengths)[:, None] * 4 > torch.arange(frames)
-        shape = (len(lengths), audio.num_mel_bins, frames)
-        inputs["input_features"] = torch.randn(shape, generator=generator) * heard[:, None]
-        inputs["feature_attention_mask"] = heard.long()
-    return inputs

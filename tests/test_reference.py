@@ -129,6 +129,15 @@ def test_decoding_token_by_token_is_prefill():
     torch.testing.assert_close(state.weights, whole.state.weights)
 
 
+@pytest.mark.parametrize("step", ["token", "chunk"])
+def test_nothing_to_do_is_done(step):
+    for empty in (dict(tokens=0), dict(batch=0), dict(lengths=[0, 0])):
+        *args, options = make_inputs(step=step, residual_norm=True, **empty)
+        out = reference.neural_memory(*args, **options)
+        assert out.output.shape == args[0].shape
+        assert all(torch.equal(a, b) for a, b in zip(out.state[0], args[6][0], strict=True))
+
+
 def test_end_chunk_moves_the_anchor():
     inputs = make_inputs(tokens=6, chunk_size=8)
     *args, options = inputs

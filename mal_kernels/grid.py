@@ -1,0 +1,84 @@
+"""Rows of unequal length on one grid of chunks: how the reference lays out tokens."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """Tokens of all rows laid on ``[N, chunks · size]`` slots, each row shifted by its position."""
+
+    slot: Tensor  # [B·T] int64, of each token
+    rows: int
+    chunks: int
+    size: int
+    mask: Tensor  # [chunks, N, size] bool, slot holds a token
+    opens: list[Tensor | None]  # per chunk [N] bool: the row starts a chunk here; None: every row
+    position: Tensor  # [N] int64, after the last token
+    gate_index: Tensor  # [chunks, N] int64, the row's chunk gate in the flattened [B·NC]
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        bounds: list[tuple[int, int, int]],
+        position: Tensor | None,
+        chunk_size: int | None,
+    ) -> Grid:
+        """The grid of tokens ``x`` ``[B, T, ...]`` in the rows ``bounds``."""
+        counted = [end - begin for _, begin, end in bounds]
+        lengths = torch.tensor(counted, dtype=torch.int64, device=x.device)
+        start = torch.zeros_like(lengths) if position is None else position
+        size = chunk_size or max([1, *counted])
+        chunks = -(-max((start + lengths).tolist(), default=0) // size)
+        row = torch.repeat_interleave(torch.arange(len(bounds), device=x.device), lengths)
+        before = (lengths.cumsum(0) - lengths)[row]
+        column = torch.arange(len(row), device=x.device) - before + start[row]
+        index = row * (chunks * size) + column
+        mask = torch.zeros(len(bounds) * chunks * size, dtype=torch.bool, device=x.device)
+        mask = mask.index_fill(0, index, True).view(len(bounds), chunks, size).transpose(0, 1)
+        counts = torch.clamp(-(-lengths // size), min=1)
+        chunk = torch.arange(chunks, device=x.device).unsqueeze(1)
+        gate_index = (counts.cumsum(0) - counts) + torch.minimum(chunk, counts - 1)
+        whole_rows = position is None and bool((lengths == lengths[:1]).all())
+        opens: list[Tensor | None] = [None] * chunks
+        if not whole_rows:
+            opens = [m.any(-1) & ((start == 0) | (c > 0)) for c, m in enumerate(mask)]
+        end = (start + lengths) % size
+        return cls(index, len(bounds), chunks, size, mask, opens, end, gate_index)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[B, T, H, ...]`` to ``[chunks, N, H, size, ...]``, zero where there is no token."""
+        x = x.flatten(0, 1)
+        slots = x.new_zeros(self.rows * self.chunks * self.size, *x.shape[1:])
+        slots = slots.index_copy(0, self.slot, x)
+        grid = slots.view(self.rows, self.chunks, self.size, *x.shape[1:])
+        return grid.transpose(0, 1).transpose(2, 3).contiguous()
+
+    def pack_chunk_gate(self, gate: Tensor) -> Tensor:
+        """``[B, NC, H]`` to ``[chunks, N, H]``."""
+        return gate.flatten(0, 1)[self.gate_index]
+
+    def unpack(self, chunks: list[Tensor], like: Tensor) -> Tensor:
+        """The inverse of :meth:`pack`, with the shape and dtype of ``like``."""
+        if not chunks:
+            return torch.zeros_like(like)
+        grid = torch.stack(chunks).transpose(2, 3).transpose(0, 1)
+        return grid.flatten(0, 2)[self.slot].view(like.shape).to(like.dtype)
+
+
+def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+    """``(b, begin, end)`` of every sequence."""
+    if cu_seqlens is None:
+        return [(b, 0, x.shape[1]) for b in range(x.shape[0])]
+    marks = cu_seqlens.tolist()
+    return [(0, begin, end) for begin, end in pairwise(marks)]
+
+
+def n_chunks(tokens: int, chunk_size: int | None) -> int:
+    """Chunk gates of a sequence: one even when it is empty."""
+    return 1 if chunk_size is None else max(1, -(-tokens // chunk_size))
