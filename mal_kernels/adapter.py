@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import check_tensors, find_file, model_card, read_json, read_tensors, write_tensors
 from .config import MALConfig
@@ -72,6 +72,7 @@ class MALAdapter(nn.Module):
         self.last_turn: TurnReport | None = None
         self._enabled = True
         self._dialogue: Dialogue | None = None
+        self._mask: Tensor | None = None
         self._turn: Turn | None = None
         self._attachment: _Attachment | None = None
 
@@ -124,7 +125,7 @@ class MALAdapter(nn.Module):
             self.memory = self._new_memory(host.hidden_size)
         self.config.hidden_size = host.hidden_size
         if self.config.base_model_name_or_path is None:
-            config: Any = host.model.config
+            config: Any = host.whole.config
             self.config.base_model_name_or_path = getattr(config, "_name_or_path", None) or None
         device = next(site.parameters()).device
         if device.type != "meta":  # offloaded weights have no device of their own
@@ -132,7 +133,7 @@ class MALAdapter(nn.Module):
         # where clips begin is known only when they are there: torch.compile leaves this to Python
         self._eagerly = torch.compiler.disable(lambda function, *args: function(*args))
         with ExitStack() as undo:
-            for parameter in host.model.parameters() if freeze else ():
+            for parameter in host.whole.parameters() if freeze else ():
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
             undo.callback(host.checkpoint_again, site)
@@ -154,15 +155,17 @@ class MALAdapter(nn.Module):
         handles = [
             model.register_forward_pre_hook(self._before_host, with_kwargs=True),
             model.register_forward_hook(self._after_host),
-            site.register_forward_pre_hook(self._at_embeds, with_kwargs=True)
-            if self.config.site == "embeds"
-            # before any hook of transformers that records hidden states
-            else site.register_forward_hook(self._at_layer, prepend=True),
         ]
+        if self.config.site == "embeds" and not host.spec.encoder:
+            handles += [site.register_forward_pre_hook(self._at_embeds, with_kwargs=True)]
+        else:
+            at_output = self._at_encoder if host.spec.encoder else self._at_layer
+            # before any hook of transformers that records hidden states
+            handles += [site.register_forward_hook(at_output, prepend=True)]
         for handle in handles:
             undo.callback(handle.remove)
         if hasattr(model, "generate"):
-            self._wrap_generate(model, undo)
+            self._wrap_generate(host, undo)
 
     def detach(self) -> None:
         """Leaves the host exactly as :meth:`attach` found it. Weights and dialogues stay here.
@@ -185,29 +188,46 @@ class MALAdapter(nn.Module):
             self._turn = turn = None  # left behind by a forward call that failed
         if not self._enabled or attachment is None:
             return
-        inputs = attachment.host.arguments(args, kwargs)
-        ids = inputs.get("input_ids")
-        if (ids is not None and ids.shape[-1] == 1) or not attachment.host.carries_audio(inputs):
+        host, mask = attachment.host, self._mask
+        inputs = host.arguments(args, kwargs)
+        shape = host.shape(inputs)
+        if shape is not None and shape[1] == 1 and not host.spec.streaming:
             return
-        attachment.host.checkpoint_never(attachment.site)
+        # a mask is that of the prompt, which is the first call in generate
+        listens = host.carries_audio(inputs) if mask is None else not (turn and turn.rounds)
+        if not listens:
+            return
+        host.checkpoint_never(attachment.site)
         self._turn = turn or Turn(self._memory(), self._dialogue)
-        self._eagerly(self._turn.hear, attachment.host, inputs)
+        if not host.spec.encoder:
+            self._eagerly(self._turn.hear, host, inputs, mask)
 
     def _at_embeds(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        hidden, turn = kwargs.get("inputs_embeds"), self._expecting()
-        if hidden is None or turn is None:
+        attachment, turn = self._attachment, self._expecting()
+        if attachment is None or turn is None:
             return None
-        return args, {**kwargs, "inputs_embeds": self._eagerly(turn.inject, hidden)}
+        return attachment.host.edit_input(args, kwargs, partial(self._eagerly, turn.inject))
 
     def _at_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        turn = self._expecting()
-        if turn is None:
+        attachment, turn = self._attachment, self._expecting()
+        if attachment is None or turn is None:
             return None
-        hidden, *rest = output if isinstance(output, tuple) else (output,)
-        hidden = self._eagerly(turn.inject, hidden)
-        return (hidden, *rest) if isinstance(output, tuple) else hidden
+        return attachment.host.edit_output(output, partial(self._eagerly, turn.inject))
+
+    def _at_encoder(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        # generate runs the encoder before the model, which does not get to see the audio
+        attachment, turn = self._attachment, self._turn if self._enabled else None
+        if attachment is None or turn is None:
+            return None
+        if turn.rounds:
+            raise HostError(
+                "the encoder ran again in one call, as for audio longer than its window or for "
+                "another temperature; pass one window and one temperature in each call."
+            )
+        self._eagerly(turn.hear, attachment.host, *attachment.host.encoded(output))
+        return attachment.host.edit_output(output, partial(self._eagerly, turn.inject))
 
     def _expecting(self) -> Turn | None:
         """The turn that the hidden states at the site belong to, if their call has audio."""
@@ -220,16 +240,18 @@ class MALAdapter(nn.Module):
             self._turn = None
             self.last_turn = self._eagerly(turn.commit) or self.last_turn
 
-    def _wrap_generate(self, model: Any, undo: ExitStack) -> None:
+    def _wrap_generate(self, host: Host, undo: ExitStack) -> None:
+        model: Any = host.model
         own, generate = model.__dict__.get("generate"), model.generate
 
-        @functools.wraps(generate)
+        @wraps(generate)
         def generate_one_turn(*args: Any, **kwargs: Any) -> Any:
             inside = self._turn is not None and self._turn.generating
             if not self._enabled or self._attachment is None or inside:
                 return generate(*args, **kwargs)
-            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-            batch = None if ids is None else len(ids)
+            names = ("inputs", "input_ids", "inputs_embeds", *host.spec.audio_inputs)
+            given = [*args[:1], *map(kwargs.get, names)]
+            batch = next((len(x) for x in given if hasattr(x, "__len__")), None)
             turn = self._turn = Turn(self._memory(), self._dialogue, batch, generating=True)
             try:
                 output = generate(*args, **kwargs)
@@ -277,6 +299,41 @@ class MALAdapter(nn.Module):
             yield self._dialogue
         finally:
             self._dialogue = outer
+
+    @contextmanager
+    def audio_mask(self, mask: Tensor) -> Iterator[None]:
+        """Within this context, calls of the host hear audio at the positions ``mask`` ``[B, S]``.
+
+        For prompts given as ``inputs_embeds``, in which audio cannot be found by its token. A clip
+        is a run of audio positions.
+
+        Args:
+            mask: bool, the shape of the prompt.
+
+        Raises:
+            ArgumentError: ``mask`` is not that.
+
+        Example:
+            >>> import torch
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from mal_kernels import MALAdapter
+            >>> sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2)
+            >>> llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+            >>> mal, embeds = MALAdapter().attach(llama), torch.randn(1, 6, 8)
+            >>> mask = torch.tensor([[False, True, True, True, True, False]])
+            >>> with mal.dialogue("call-17") as dialogue, mal.audio_mask(mask):
+            ...     _ = llama(inputs_embeds=embeds)
+            >>> dialogue.turns
+            [1]
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+            what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ArgumentError(f"mask is {what}; pass a bool tensor [batch, positions].")
+        outer, self._mask = self._mask, mask
+        try:
+            yield
+        finally:
+            self._mask = outer
 
     def undo(self) -> None:
         """Drops the last turn of the dialogue that is open now.
@@ -370,7 +427,7 @@ class MALAdapter(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Prints the number of trainable parameters and of all, with those of an attached host."""
         mine = list(self.parameters())
-        host = self._attachment.host.model.parameters() if self._attachment else ()
+        host = self._attachment.host.whole.parameters() if self._attachment else ()
         every = mine + list(host)
         trainable = sum(p.numel() for p in every if p.requires_grad)
         total = sum(p.numel() for p in every)

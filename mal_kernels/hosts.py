@@ -72,6 +72,11 @@ def last_effective_layer(decoder: nn.Module) -> int:
     return mixing[-1] - 1
 
 
+def final_layer(decoder: nn.Module) -> int:
+    """The last decoder layer: where every position is audio, each answers for itself."""
+    return len(_layers(decoder)) - 1
+
+
 @dataclass(frozen=True)
 class HostSpec:
     """How to find audio in one type of host.
@@ -79,8 +84,18 @@ class HostSpec:
     Args:
         model_type: ``config.model_type`` of the host.
         audio_inputs: arguments of ``forward`` that carry audio; the first has an entry per clip.
-        audio_token: path of the audio token id inside ``config``.
+        audio_token: path of the audio token id inside ``config``; ``None`` for a language model
+            that is given audio as ``inputs_embeds``, under :meth:`MALAdapter.audio_mask`.
+        root: path of the part that hears and answers, if it is not the whole model.
+        encoder: path of an encoder whose output text attends to. All of it is audio, a clip per
+            row, and the only site; what follows is not looked at.
+        streaming: whether every position of every call is audio, also of text as it is generated.
+            All calls of one ``generate`` are one clip then.
         decoder: returns the decoder, the module with ``layers`` and ``inputs_embeds``.
+        embeds_inside: whether the decoder itself puts the audio into the embeddings. They are then
+            changed where its first layer receives them.
+        stream: path, inside the decoder's ``config``, of the index of the hidden states that
+            attention sees, where layers return several ``[N, B, S, Dm]``.
         last_layer: returns the last layer index at which a residual still has an effect.
         min_clip_tokens: a prompt in which all clips are shorter is taken for one that the processor
             did not expand.
@@ -92,8 +107,13 @@ class HostSpec:
 
     model_type: str
     audio_inputs: tuple[str, ...] = ("input_features",)
-    audio_token: str = "audio_token_id"
+    audio_token: str | None = "audio_token_id"
+    root: str = ""
+    encoder: str | None = None
+    streaming: bool = False
     decoder: Callable[[nn.Module], nn.Module] = find_decoder
+    embeds_inside: bool = False
+    stream: str | None = None
     last_layer: Callable[[nn.Module], int] = last_effective_layer
     min_clip_tokens: int = 2
 
@@ -102,17 +122,82 @@ _SPECS: dict[str, HostSpec] = {}
 
 
 def register_host(spec: HostSpec) -> None:
-    """Makes a type of host known, or replaces what is known about it. See :class:`HostSpec`.
+    """Makes a type of host known, or replaces what is known about it.
 
     Raises:
         ArgumentError: ``spec`` is not a HostSpec.
+
+    Example:
+        A model of your own, that is called with ``input_ids`` and ``input_features``, and whose
+        processor writes the token ``config.sound.token`` once for each embedding of a clip:
+
+        >>> from mal_kernels import HostSpec, MALAdapter, register_host
+        >>> from mal_kernels.testing import tiny_host, tiny_inputs
+        >>> model = tiny_host("voxtral")  # stands for it
+        >>> model.config.model_type, model.config.sound = "my_model", {"token": 60}
+        >>> register_host(HostSpec("my_model", audio_token="sound.token"))
+        >>> mal = MALAdapter().attach(model)
     """
     if not isinstance(spec, HostSpec):
         raise ArgumentError(f"spec is {type(spec).__name__}; pass a HostSpec.")
     _SPECS[spec.model_type] = spec
 
 
-register_host(HostSpec("qwen2_audio"))
+for _spec in (
+    HostSpec("qwen2_audio"),
+    HostSpec("audioflamingo3"),
+    HostSpec("musicflamingo"),
+    HostSpec("voxtral"),
+    HostSpec("glmasr"),
+    HostSpec("granite_speech"),
+    HostSpec("granite_speech_plus"),
+    HostSpec("qwen2_5_omni", root="thinker"),
+    HostSpec("qwen2_5_omni_thinker"),
+    HostSpec("qwen3_omni_moe", root="thinker"),
+    HostSpec("qwen3_omni_moe_thinker"),
+    HostSpec("qwen3_asr"),
+    HostSpec("fun_asr_nano"),
+    HostSpec("vibevoice_asr", audio_inputs=("input_values",)),
+    HostSpec("moss_transcribe_diarize"),
+    HostSpec("dots3_note"),
+    HostSpec("inkling_mm_model", audio_inputs=("audio_input_ids",)),
+    HostSpec("muse_spark", audio_inputs=("input_values",)),
+    HostSpec("gemma3n", stream="altup_active_idx"),
+    HostSpec("gemma4"),
+    HostSpec("gemma4_unified"),
+    HostSpec(
+        "phi4_multimodal",
+        audio_inputs=("audio_input_features",),
+        audio_token="audio_config.audio_token_id",
+        embeds_inside=True,
+    ),
+    HostSpec("nemo_speechlm"),  # Nemotron 3.5 Transcribe
+    HostSpec("nemotron_h_omni"),
+    HostSpec(
+        "voxtral_realtime",
+        audio_inputs=("input_features", "encoder_inputs_embeds"),
+        audio_token=None,
+        streaming=True,
+        last_layer=final_layer,
+        min_clip_tokens=1,
+    ),
+    HostSpec(
+        "kyutai_speech_to_text",
+        audio_inputs=("input_ids",),  # [R, S, 1 + codebooks]
+        audio_token=None,
+        embeds_inside=True,
+        streaming=True,
+        last_layer=final_layer,
+        min_clip_tokens=1,
+    ),
+    HostSpec("whisper", audio_token=None, encoder="model.encoder"),
+    HostSpec("moonshine", ("input_values",), audio_token=None, encoder="model.encoder"),
+    *(
+        HostSpec(name, audio_inputs=(), audio_token=None)
+        for name in ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+    ),
+):
+    register_host(_spec)
 
 
 # --- one host -------------------------------------------------------------------------------------
@@ -120,12 +205,17 @@ register_host(HostSpec("qwen2_audio"))
 
 @dataclass(frozen=True)
 class Host:
-    """A model together with what its spec found in it."""
+    """A model together with what its spec found in it.
 
+    ``model`` is the part of the ``whole`` that hears and answers, mostly all of it; ``decoder`` is
+    the encoder, where text attends to one.
+    """
+
+    whole: nn.Module
     model: nn.Module
     spec: HostSpec
     decoder: nn.Module
-    audio_token_id: int
+    audio_token_id: int | None
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
@@ -135,25 +225,31 @@ class Host:
             HostError: unknown type of model, or it lacks what its spec says.
         """
         unwrap: Any = getattr(model, "get_base_model", None)
-        model = model if unwrap is None else unwrap()
-        config: Any = getattr(model, "config", None)
-        spec = _SPECS.get(getattr(config, "model_type", None) or "")
-        if not isinstance(model, nn.Module) or spec is None:
+        whole = model if unwrap is None else unwrap()
+        model_type = getattr(getattr(whole, "config", None), "model_type", None)
+        spec = _SPECS.get(model_type or "")
+        if not isinstance(whole, nn.Module) or spec is None:
             raise HostError(
-                f"model is a {type(model).__name__} of model_type "
-                f"{getattr(config, 'model_type', None)!r}; known hosts are {sorted(_SPECS)}. "
-                "Describe it with register_host(HostSpec(...))."
+                f"model is a {type(whole).__name__} of model_type {model_type!r}; known hosts are "
+                f"{sorted(_SPECS)}. Describe it with register_host(HostSpec(...))."
             )
         try:
-            token = attrgetter(spec.audio_token)(config)
+            model = attrgetter(spec.root)(whole) if spec.root else whole
         except AttributeError:
-            token = None
-        if not isinstance(token, int):
+            raise HostError(
+                f"{type(whole).__name__} has no {spec.root!r}; name the part that hears in "
+                "HostSpec(root=...)."
+            ) from None
+        token = None
+        if spec.audio_token is not None:
+            token = _look_up(getattr(model, "config", None), spec.audio_token)
+        if spec.audio_token is not None and not isinstance(token, int):
             raise HostError(
                 f"config.{spec.audio_token} of {type(model).__name__} is {token!r}; expected a "
                 "token id. Name the right field in HostSpec(audio_token=...)."
             )
-        return cls(model, spec, spec.decoder(model), token)
+        decoder = attrgetter(spec.encoder) if spec.encoder else spec.decoder
+        return cls(whole, model, spec, decoder(model), token)
 
     @property
     def hidden_size(self) -> int:
@@ -167,8 +263,15 @@ class Host:
         Raises:
             HostError: text cannot see the output of that layer.
         """
-        if site == "embeds":
+        if self.spec.encoder and site != "embeds":
+            raise HostError(
+                f"site={site}, but text in {type(self.model).__name__} attends to the output of an "
+                "encoder; pass site='embeds', which is that output."
+            )
+        if self.spec.encoder:
             return self.decoder
+        if site == "embeds":
+            return _layers(self.decoder)[0] if self.spec.embeds_inside else self.decoder
         last = self.spec.last_layer(self.decoder)
         if int(site) > last:
             raise HostError(
@@ -192,6 +295,40 @@ class Host:
             other = next(layer for layer in _layers(self.decoder) if layer is not site)
             site.gradient_checkpointing = other.gradient_checkpointing
 
+    def edit_input(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], edit: Callable[[Tensor], Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of the module at site ``embeds`` with the embeddings changed by ``edit``.
+
+        ``None`` if there are no embeddings among them.
+        """
+        if self.spec.embeds_inside and args:
+            return (edit(args[0]), *args[1:]), kwargs
+        name = "hidden_states" if self.spec.embeds_inside else "inputs_embeds"
+        embeds = kwargs.get(name)
+        return None if embeds is None else (args, {**kwargs, name: edit(embeds)})
+
+    def edit_output(self, output: Any, edit: Callable[[Tensor], Tensor]) -> Any:
+        """The output of a layer or encoder with the hidden states changed by ``edit``."""
+        if isinstance(output, Mapping):
+            output.last_hidden_state = edit(output.last_hidden_state)  # type: ignore[attr-defined]
+            return output
+        if isinstance(output, tuple):
+            return (self.edit_output(output[0], edit), *output[1:])
+        if self.spec.stream is None:
+            return edit(output)
+        seen = _look_up(self.decoder.config, self.spec.stream)
+        streams = list(output.unbind(0))
+        streams[seen] = edit(streams[seen])
+        return torch.stack(streams)
+
+    def encoded(self, output: Any) -> tuple[dict[str, Any], Tensor]:
+        """What an encoder returned, as a prompt ``[R, T]`` with the mask of its audio positions."""
+        hidden, mask = output[0], getattr(output, "attention_mask", None)
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return {"inputs_embeds": hidden}, mask.bool()
+
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments of one call of the model, by name."""
         if not args:
@@ -203,39 +340,95 @@ class Host:
         """Whether a call has audio to place; decided without looking at a tensor's values."""
         return any(inputs.get(name) is not None for name in self.spec.audio_inputs)
 
-    def clips(self, inputs: Mapping[str, Any], *, fingerprints: bool) -> list[list[Clip]]:
-        """The audio clips of every row of ``input_ids`` ``[R, S]``, in order of position.
+    def shape(self, inputs: Mapping[str, Any]) -> torch.Size | None:
+        """``[R, S]`` of one call: rows and new positions."""
+        for name in ("input_ids", "inputs_embeds"):
+            if inputs.get(name) is not None:
+                return inputs[name].shape[:2]
+        return None
+
+    def audio(self, inputs: Mapping[str, Any], mask: Tensor | None = None) -> Tensor:
+        """Which positions ``[R, S]`` of one call are audio: those of ``mask`` ``[B, S]``, if given.
+
+        Raises:
+            HostError: they cannot be known, or ``mask`` is not the shape of the call.
+        """
+        ids, shape = inputs.get("input_ids"), self.shape(inputs)
+        if self.spec.streaming and shape is not None:
+            attention = inputs.get("attention_mask")
+            if isinstance(attention, Tensor) and attention.dim() == 2:
+                return attention[:, -shape[1] :].bool()
+            return torch.ones(shape, dtype=torch.bool)
+        if mask is None:
+            if ids is None:
+                raise HostError(
+                    "input_ids is None in a call with audio, but audio tokens are found by their "
+                    "id; pass input_ids instead of inputs_embeds, or say where the audio is with "
+                    "audio_mask(mask), or use disable_adapter()."
+                )
+            return ids == self.audio_token_id
+        if shape is None or shape[1] != mask.shape[1] or shape[0] % len(mask):
+            raise HostError(
+                f"mask is {list(mask.shape)} for a call of {list(shape or ())} rows and positions; "
+                "open audio_mask(mask) with one value for each position of the prompt."
+            )
+        return mask.repeat_interleave(shape[0] // len(mask), 0)
+
+    def clips(
+        self, inputs: Mapping[str, Any], *, fingerprints: bool, mask: Tensor | None = None
+    ) -> list[list[Clip]]:
+        """The audio clips of every row of one call ``[R, S]``, in order of position.
 
         Runs of audio tokens that the attention mask hides are left out.
 
+        Args:
+            inputs: arguments of the call.
+            fingerprints: whether to look at what is heard.
+            mask: which positions are audio, if not those of the audio token.
+
         Raises:
-            HostError: one placeholder per clip instead of one per audio token.
+            HostError: one placeholder per clip instead of one per audio token, or as :meth:`audio`.
         """
-        ids = inputs["input_ids"]
-        edges = (ids == self.audio_token_id).int()
-        edges = torch.nn.functional.pad(edges, (1, 1)).diff(dim=1)  # [R, S+1]
-        row, start = (edges == 1).nonzero(as_tuple=True)
-        stop = (edges == -1).nonzero(as_tuple=True)[1]
-        heard = torch.ones_like(row)
-        attention = inputs.get("attention_mask")
-        if isinstance(attention, Tensor) and attention.dim() == 2:
-            # with a cache the attention mask is longer than the new ids
-            heard = attention[:, -ids.shape[1] :].to(ids.device)[row, start] != 0
-        table = torch.stack([row, start, stop, heard.to(row.dtype)], 1).tolist()
-        if table and all(b - a < self.spec.min_clip_tokens for _, a, b, _ in table):
+        runs, heard = _runs(self.audio(inputs, mask), inputs.get("attention_mask"))
+        if mask is None and runs and all(b - a < self.spec.min_clip_tokens for _, a, b in runs):
             raise HostError(
-                f"input_ids has {len(table)} clips of one audio placeholder each; let the "
+                f"input_ids has {len(runs)} clips of one audio placeholder each; let the "
                 "processor expand them to one placeholder per audio token."
             )
-        prints: Sequence[int | None] = [None] * len(table)
-        features = inputs[self.spec.audio_inputs[0]]
-        if fingerprints and len(features) == len(table):
-            prints = fingerprint(features)
-        clips: list[list[Clip]] = [[] for _ in range(ids.shape[0])]
-        for (r, a, b, is_heard), mark in zip(table, prints, strict=True):
+        prints: Sequence[int | None] = [None] * len(runs)
+        if fingerprints and mask is None and not self.spec.streaming:
+            features = inputs[self.spec.audio_inputs[0]]
+            prints = fingerprint(features) if len(features) == len(runs) else prints
+        elif fingerprints and inputs.get("inputs_embeds") is not None:
+            embeds = inputs["inputs_embeds"]
+            prints = [fingerprint(embeds[r : r + 1, a:b])[0] for r, a, b in runs]
+        shape = self.shape(inputs) or (0,)
+        clips: list[list[Clip]] = [[] for _ in range(shape[0])]
+        for (r, a, b), is_heard, mark in zip(runs, heard, prints, strict=True):
             if is_heard:
                 clips[r].append(Clip(a, b, mark))
         return clips
+
+
+def _runs(audio: Tensor, attention: Any) -> tuple[list[tuple[int, int, int]], list[bool]]:
+    """Row, start and stop of every run in ``audio`` ``[R, S]``, and whether it may be attended."""
+    edges = torch.nn.functional.pad(audio.int(), (1, 1)).diff(dim=1)  # [R, S+1]
+    row, start = (edges == 1).nonzero(as_tuple=True)
+    stop = (edges == -1).nonzero(as_tuple=True)[1]
+    heard = torch.ones_like(row)
+    if isinstance(attention, Tensor) and attention.dim() == 2:
+        # with a cache the attention mask is longer than what is new
+        heard = attention[:, -audio.shape[1] :].to(audio.device)[row, start] != 0
+    # one transfer from the device
+    table = torch.stack([row, start, stop, heard.to(row.dtype)], 1).tolist()
+    return [(r, a, b) for r, a, b, _ in table], [bool(h) for *_, h in table]
+
+
+def _look_up(config: Any, path: str) -> Any:
+    """The value at a dotted ``path`` through objects and dictionaries, or ``None``."""
+    for name in path.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    return config
 
 
 def fingerprint(features: Tensor) -> list[int]:

@@ -128,19 +128,19 @@ class Turn:
         self.rounds: list[list[Spoken]] = []
         self.report = TurnReport(0, memory)
 
-    def hear(self, host: Host, inputs: Mapping[str, Any]) -> None:
+    def hear(self, host: Host, inputs: Mapping[str, Any], mask: Tensor | None = None) -> None:
         """Notes where the audio of a forward call is. The next :meth:`inject` belongs to it.
+
+        Args:
+            host: what is called.
+            inputs: arguments of the call.
+            mask: which positions ``[B, S]`` are audio, if not those of the audio token.
 
         Raises:
             ArgumentError: another number of dialogues than rows.
-            HostError: no ``input_ids``, or rows that are not repetitions of the batch.
+            HostError: see :meth:`Host.audio`, or rows that are not repetitions of the batch.
         """
-        if inputs.get("input_ids") is None:
-            raise HostError(
-                "input_ids is None in a call with audio, but audio tokens are found by their id; "
-                "pass input_ids instead of inputs_embeds, or use disable_adapter()."
-            )
-        shape = inputs["input_ids"].shape
+        shape = host.shape(inputs) or torch.Size([0, 0])
         batch = self.batch or shape[0]
         if self.dialogue is not None and len(self.dialogue.ids) != batch:
             raise ArgumentError(
@@ -148,7 +148,7 @@ class Turn:
                 f"call has a batch of {batch} rows; open dialogue() with one id per row."
             )
         keep = self.dialogue is not None
-        rows = host.clips(inputs, fingerprints=keep or shape[0] != batch)
+        rows = host.clips(inputs, fingerprints=keep or shape[0] != batch, mask=mask)
         self.repeats = max(1, shape[0] // batch)
         clips = rows[:: self.repeats]
         if rows != [clips[r // self.repeats] for r in range(self.repeats * batch)]:
@@ -158,7 +158,10 @@ class Turn:
                 "up several clips of one prompt. Use num_beams=1 and num_return_sequences=1, or "
                 "one clip per prompt."
             )
-        self._open(clips)
+        if host.spec.streaming and self.rounds:
+            self._go_on(clips)
+        else:
+            self._open(clips)
         self.waiting = shape
 
     def _open(self, clips: list[list[Clip]]) -> None:
@@ -183,6 +186,15 @@ class Turn:
                 self.rounds += [[] for _ in range(turn + 1 - len(self.rounds))]
                 self.rounds[turn].append(Spoken(row, clip, j >= known, j + 1 == len(mine)))
         self.report, self.pending = TurnReport(batch, self.memory), list[tuple[int, Tensor]]()
+
+    def _go_on(self, clips: list[list[Clip]]) -> None:
+        """The next positions of the clips of a streaming host."""
+        if self.repeats > 1:
+            raise HostError(
+                "beams and num_return_sequences part the rows of a streaming host, of which each "
+                "hears all that is generated; use num_beams=1 and num_return_sequences=1."
+            )
+        self.rounds = [[Spoken(r, clip, True, True) for r, (clip,) in enumerate(clips)]]
 
     def inject(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[R, S, Dm]`` with the residual at its audio tokens; the rest bit for bit.
@@ -232,7 +244,11 @@ class Turn:
         if not self.rounds:
             return None
         if self.dialogue is not None and self.pending:
-            snapshots = self._snapshots(self.dialogue, self._write(self.state, self.pending))
+            clips: dict[int, list[Tensor]] = {}  # of a streaming host, in parts
+            for row, tokens in self.pending:
+                clips.setdefault(row, []).append(tokens)
+            last = [(row, torch.cat(parts)) for row, parts in clips.items()]
+            snapshots = self._snapshots(self.dialogue, self._write(self.state, last))
             self.dialogue.store.commit(snapshots)
         return self.report
 

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mal_kernels import HostSpec, MALAdapter, MALConfig, hosts, register_host
 from mal_kernels.errors import ArgumentError, HostError
 from mal_kernels.hosts import Clip, Host, find_decoder, fingerprint, last_effective_layer
 from mal_kernels.testing import tiny_host, tiny_inputs
+from mal_kernels.zoo import ENCODERS, RECIPES, STREAMING
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +108,33 @@ def test_register_host_makes_a_host_known():
         register_host("my_audio_llm")  # type: ignore[arg-type]
 
 
+def test_every_host_with_an_audio_token_is_in_the_zoo():
+    specs = hosts._SPECS.items()
+    assert {name for name, spec in specs if spec.audio_token} == set(RECIPES)
+    assert {name for name, spec in specs if spec.encoder} == set(ENCODERS)
+    assert {name for name, spec in specs if spec.streaming} == set(STREAMING)
+    with pytest.raises(ArgumentError, match=r"'moon_audio'.*'voxtral'"):
+        tiny_host("moon_audio")
+
+
+def test_a_part_of_the_model_hears():
+    model = tiny_host("qwen3_omni_moe")
+    host = Host.of(model)
+    assert host.model is model.thinker
+    assert host.whole is model
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
+    inputs = tiny_inputs(model, [[4], [3]])
+    with mal.dialogue(["a", "b"]) as dialogue:
+        model.generate(**inputs, thinker_max_new_tokens=2, return_audio=False)
+        model.thinker.generate(**tiny_inputs(model, [[4], [3]], seed=1))
+    assert dialogue.turns == [2, 2]
+    assert not any(p.requires_grad for p in model.parameters())
+    mal.detach()
+    register_host(HostSpec("qwen3_omni_moe", root="listener"))
+    with pytest.raises(HostError, match=r"no 'listener'.*HostSpec\(root"):
+        Host.of(model)
+
+
 def test_site_beyond_the_text_is_refused():
     host = Host.of(tiny_host("qwen2_audio", num_hidden_layers=4))
     assert host.site("embeds") is host.decoder
@@ -158,6 +187,189 @@ def test_masked_clips_are_not_heard_also_with_a_cache():
     past = torch.ones(2, 9, dtype=torch.long)
     inputs["attention_mask"] = torch.cat([past, inputs["attention_mask"]], 1)
     assert Host.of(model).clips(inputs, fingerprints=True) == found
+
+
+# --- text that attends to an encoder --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_what_an_encoder_hears(name, options):
+    model = tiny_host(name).requires_grad_(False)
+    first, second = (tiny_inputs(model, [[5], [4]], seed=seed) for seed in range(2))
+    clean = [(model(**x).logits, model.generate(**x, **options)) for x in (first, second)]
+    encoded = model.get_encoder()(first["input_features" if name == "whisper" else "input_values"])
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
+    with mal.dialogue(["a", "b"]) as dialogue:
+        for x, (logits, ids) in zip((first, second), clean, strict=True):
+            assert torch.equal(model.generate(**x, **options), ids)
+            assert torch.equal(model(**x).logits, logits)  # heard again, not written again
+    assert dialogue.turns == [2, 2]
+    assert mal.last_turn.skipped == 0
+    torch.nn.init.normal_(mal.memory.to_out.weight)
+    with mal.disable_adapter():
+        assert torch.equal(model(**first).logits, clean[0][0])
+    assert not torch.isclose(model(**first).logits, clean[0][0]).all(-1).any()
+    with mal.dialogue(["a", "b"]):  # the third turn remembers two
+        remembering = model(**first).logits
+    assert (remembering != model(**first).logits).any(-1).all()
+    mal.detach()
+    assert torch.equal(model(**first).logits, clean[0][0])
+    features = first["input_features" if name == "whisper" else "input_values"]
+    assert torch.equal(model.get_encoder()(features)[0], encoded[0])
+
+
+def test_an_encoder_hears_only_what_is_not_padding():
+    model = tiny_host("moonshine")
+    inputs = tiny_inputs(model, [[5], [3]])
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
+    with mal.dialogue(["a", "b"]):
+        model(**inputs)
+    assert mal.last_turn.tokens == [5, 3]
+
+
+def test_an_encoder_is_the_only_site_and_runs_once():
+    model = tiny_host("whisper")
+    with pytest.raises(HostError, match=r"site=1.*encoder; pass site='embeds'"):
+        MALAdapter(MALConfig(site=1)).attach(model)
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
+    inputs = tiny_inputs(model, [[5]])
+    long = torch.cat([inputs["input_features"]] * 2, -1)
+    model.generation_config.no_timestamps_token_id = 50
+    with mal.dialogue("a") as dialogue, pytest.raises(HostError, match="encoder ran again"):
+        model.generate(long, attention_mask=torch.ones(1, 80), return_timestamps=True)
+    assert dialogue.turns == [0]
+
+
+# --- audio in every step --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STREAMING)
+@pytest.mark.parametrize("site", ["embeds", 1, 2])
+def test_a_streaming_host_writes_what_all_steps_heard(name, site):
+    model = tiny_host(name).requires_grad_(False)
+    first, second = (tiny_inputs(model, [[8], [8]], seed=seed) for seed in range(2))
+    asked = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    clean = [model.generate(**x, **asked).logits for x in (first, second)]
+    steps = 4 if name == "kyutai_speech_to_text" else 5  # a prompt of two tokens
+
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8, site=site)).attach(model)
+    with mal.dialogue(["a", "b"]) as dialogue:
+        for x, expected in zip((first, second), clean, strict=True):
+            for before, after in zip(expected, model.generate(**x, **asked).logits, strict=True):
+                assert torch.equal(before, after)
+        assert mal.last_turn.tokens == [steps, steps]
+        assert dialogue.turns == [2, 2]
+        torch.nn.init.normal_(mal.memory.to_out.weight)
+        with mal.disable_adapter():
+            assert torch.equal(model.generate(**first, **asked).logits[-1], clean[0][-1])
+        remembering = model.generate(**first, **asked).logits[0]
+        dialogue.undo()
+        assert torch.equal(model.generate(**first, **asked).logits[0], remembering)
+    assert (remembering != model.generate(**first, **asked).logits[0]).any(-1).all()
+
+
+def test_what_a_streaming_host_writes_is_one_clip():
+    model = tiny_host("voxtral_realtime").requires_grad_(False)
+    inputs = tiny_inputs(model, [[8]])
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
+    with mal.dialogue("steps"):
+        ids = model.generate(**inputs, max_new_tokens=4)
+    with mal.dialogue("at once"):
+        heard = ids[:, :-1]
+        features = inputs["input_features"][..., : 8 * heard.shape[1]]
+        model(input_ids=heard, input_features=features, num_delay_tokens=2)
+    states = [mal.dialogues.latest(name).states[None].tensors() for name in mal.dialogues]
+    for x, y in zip(*states, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_streaming_host_has_no_beams():
+    model = tiny_host("voxtral_realtime")
+    inputs = tiny_inputs(model, [[8]])
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
+    with mal.dialogue("a") as dialogue, pytest.raises(HostError, match="use num_beams=1"):
+        model.generate(**inputs, num_beams=2, max_new_tokens=3)
+    assert dialogue.turns == [0]
+
+
+# --- audio given as embeddings --------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama():
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **ids, num_attention_heads=2)).eval()
+
+
+def spoken(rows: int, *, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A prompt of 9 embeddings with clips at 2..4 and 6..7, and where they are."""
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(rows, 9, 16, generator=generator)
+    mask = torch.zeros(rows, 9, dtype=torch.bool)
+    mask[:, 2:5] = mask[:, 6:8] = True
+    return {"inputs_embeds": embeds, "attention_mask": torch.ones(rows, 9, dtype=torch.long)}, mask
+
+
+@pytest.mark.parametrize("site", ["embeds", 1])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_text_model_hears_where_the_mask_says(llama, site, options):
+    inputs, mask = spoken(2)
+    options = {"max_new_tokens": 3, "do_sample": False, **options}
+    llama.requires_grad_(False)
+    clean = llama(**inputs).logits
+    said = llama.generate(**inputs, **options)
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8, site=site)).attach(llama)
+    with mal.dialogue(["a", "b"]) as dialogue, mal.audio_mask(mask):
+        assert torch.equal(llama.generate(**inputs, **options), said)
+        assert dialogue.turns == [2, 2]
+        assert mal.last_turn.tokens == [5, 5]
+        llama.generate(**inputs, **options)  # the same clips again
+        assert dialogue.turns == [2, 2]
+    torch.nn.init.normal_(mal.memory.to_out.weight)
+    assert torch.equal(llama(**inputs).logits, clean)  # no mask, no audio
+    with mal.audio_mask(mask):
+        same = (llama(**inputs).logits == clean).all(-1)
+    assert same[:, :2].all()
+    assert not same[:, 2:].any()
+
+
+def test_a_mask_stands_in_for_audio_tokens():
+    model = tiny_host("voxtral")
+    inputs = tiny_inputs(model, [[5]])
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
+    torch.nn.init.normal_(mal.memory.to_out.weight)
+    by_token = model(**inputs).logits
+    seen = []
+    with (
+        mal.disable_adapter(),
+        model.get_decoder().register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        ),
+    ):
+        model(**inputs)
+    with mal.audio_mask(inputs["input_ids"] == model.config.audio_token_id):
+        by_mask = model(inputs_embeds=seen[0], attention_mask=inputs["attention_mask"]).logits
+    torch.testing.assert_close(by_mask, by_token)
+
+
+def test_bad_masks_are_refused(llama):
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(llama)
+    inputs, mask = spoken(2)
+    for bad in (mask.long(), mask[0], [[True]]):
+        with (
+            pytest.raises(ArgumentError, match=r"mask is .*pass a bool tensor"),
+            mal.audio_mask(bad),
+        ):
+            pass
+    for bad in (mask[:, 1:], mask[[0, 0, 0]]):
+        with (
+            mal.audio_mask(bad),
+            pytest.raises(HostError, match=r"for a call of \[2, 9\] rows and positions"),
+        ):
+            llama(**inputs)
+    assert torch.equal(llama(**inputs).logits, llama(**inputs).logits)
 
 
 def test_arguments_by_position_and_name():
