@@ -17,7 +17,7 @@ from .. import reference
 from ..errors import ArgumentError
 from ..reference import ReadParams
 from ..state import MemoryState
-from ._backend import fresh, full_precision, resolve
+from ._backend import fresh, full_precision, memory_limit, resolve
 from ._check import FLOATS, check_index, check_memory, check_state_tensor, expect
 
 
@@ -35,6 +35,11 @@ def _forward(
     check_index("token_index", token_index, hidden.shape[:-1].numel())
     check_index("state_index", state_index, weights[0].shape[0])
     _check_unique(token_index)
+    if backend == "triton":
+        from .._triton.aligned_residual_read import aligned_fwd
+
+        inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
+        return aligned_fwd(*inputs)
     with full_precision(hidden.device):
         out = _read(hidden, token_index, state_index, weights, params, activation, residual_norm)
     return fresh(out)
@@ -81,6 +86,12 @@ def _backward(
     residual_norm: bool,
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    if backend == "triton":
+        from .._triton.aligned_residual_read import aligned_bwd
+
+        inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
+        return aligned_bwd(d_output, *inputs)
+
     def forward(hidden, weights, params):
         return _read(hidden, token_index, state_index, weights, params, activation, residual_norm)
 
@@ -173,9 +184,11 @@ def aligned_residual_read(
     shapes = ((width,), (inner, width), (inner, width), (width, inner))
     for name, p, shape in zip(ReadParams._fields, params, shapes, strict=True):
         check_state_tensor(f"params.{name}", p, shape, p.dtype, hidden.device)
+    weights = list(state.weights)
+    limit = memory_limit(hidden.dtype, weights, residual_norm, linear=128)
+    name = resolve(backend, "aligned_residual_read", hidden.device, limit)
     return _forward(
-        *(hidden, token_index, state_index, list(state.weights), list(params)),
-        *(activation, residual_norm, resolve(backend, "aligned_residual_read")),
+        *(hidden, token_index, state_index, weights, list(params), activation, residual_norm, name)
     )
 
 

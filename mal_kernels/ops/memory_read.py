@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..state import MemoryState
-from ._backend import fresh, full_precision, resolve
+from ._backend import fresh, full_precision, memory_limit, resolve
 from ._check import check_bounds, check_cu_seqlens, check_memory, check_tokens
 
 
@@ -24,6 +24,10 @@ def _forward(
     backend: str,
 ) -> Tensor:
     check_bounds(cu_seqlens, q.shape[1])
+    if backend == "triton":
+        from .._triton.memory_read import read_fwd
+
+        return read_fwd(q, weights, cu_seqlens, activation, residual_norm)
     with full_precision(q.device):
         return fresh(_read(q, weights, cu_seqlens, activation, residual_norm))
 
@@ -59,6 +63,10 @@ def _backward(
     residual_norm: bool,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
+    if backend == "triton":
+        from .._triton.memory_read import read_bwd
+
+        return read_bwd(d_output, q, weights, cu_seqlens, activation, residual_norm)
     with full_precision(q.device):
         vjp = torch.func.vjp(
             lambda q, weights: _read(q, weights, cu_seqlens, activation, residual_norm), q, weights
@@ -119,7 +127,11 @@ def memory_read(
         torch.Size([1, 7, 2, 16])
     """
     check_tokens("q", q)
-    check_memory(state, q, check_cu_seqlens(cu_seqlens, q), residual_norm, activation)
+    rows = check_cu_seqlens(cu_seqlens, q)
+    check_memory(state, q, rows, residual_norm, activation)
     weights = list(state.weights)
-    name = resolve(backend, "memory_read")
+    limit = memory_limit(q.dtype, weights, residual_norm)
+    if cu_seqlens is not None and rows > 4096:  # every program finds its sequence among all
+        limit = f"the kernels serve up to 4096 ragged sequences, not {rows}"
+    name = resolve(backend, "memory_read", q.device, limit)
     return _forward(q, weights, cu_seqlens, activation, residual_norm, name)

@@ -35,6 +35,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     check_gates(None, momentum, decay)
     check_bounds(cu_seqlens, update.shape[1])
+    if backend == "triton":
+        from .._triton.momentum_scan import scan_fwd
+
+        return scan_fwd(update, momentum, decay, state, cu_seqlens)
     with full_precision(update.device):
         weights, trace = _scan(update, momentum, decay, state, cu_seqlens)
     return fresh(weights), fresh(trace)
@@ -61,6 +65,8 @@ def _(update, *_):
 def _backward(
     d_weights: Tensor,
     d_trace: Tensor,
+    weights: Tensor,
+    trace: Tensor,
     update: Tensor,
     momentum: Tensor | None,
     decay: Tensor | None,
@@ -69,6 +75,11 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of update, momentum, decay and state, absent ones left out."""
+    if backend == "triton":
+        from .._triton.momentum_scan import scan_bwd
+
+        inputs = (update, momentum, decay, state, cu_seqlens)
+        return scan_bwd(d_weights, d_trace, weights, trace, *inputs)
 
     def forward(update, momentum, decay, state):
         # None is no value to torch.func: an absent gate is an empty list
@@ -83,20 +94,19 @@ def _backward(
 
 
 @_backward.register_fake
-def _(d_weights, d_trace, update, momentum, decay, state, *_):
+def _(d_weights, d_trace, weights, trace, update, momentum, decay, state, *_):
     return [t.new_empty(t.shape) for t in (update, momentum, decay, *state) if t is not None]
 
 
 def _setup_context(ctx, inputs, output):
     update, momentum, decay, state, cu_seqlens, ctx.backend = inputs
-    ctx.save_for_backward(update, momentum, decay, cu_seqlens, *state)
+    ctx.save_for_backward(*output, update, momentum, decay, cu_seqlens, *state)
 
 
 def _autograd(ctx, d_weights, d_trace):
-    update, momentum, decay, cu_seqlens, *state = ctx.saved_tensors
-    grads = iter(
-        _backward(d_weights, d_trace, update, momentum, decay, state, cu_seqlens, ctx.backend)
-    )
+    weights, trace, update, momentum, decay, cu_seqlens, *state = ctx.saved_tensors
+    inputs = (weights, trace, update, momentum, decay, state, cu_seqlens, ctx.backend)
+    grads = iter(_backward(d_weights, d_trace, *inputs))
     d_update, *d_gates = (None if t is None else next(grads) for t in (update, momentum, decay))
     return d_update, *d_gates, list(grads), None, None
 
@@ -155,5 +165,6 @@ def momentum_scan(
             shape = (rows, *update.shape[2:])
             check_state_tensor(f"state.{name}[0]", field[0], shape, dtype, update.device)
             tensors.append(field[0])
-    name = resolve(backend, "momentum_scan")
+    limit = "float64 is served by the reference alone" if update.dtype == torch.float64 else None
+    name = resolve(backend, "momentum_scan", update.device, limit)
     return MomentumScan(*_forward(update, momentum, decay, tensors, cu_seqlens, name))

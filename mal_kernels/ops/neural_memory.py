@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import NeuralMemoryOutput, keeps_position
 from ..state import MemoryState
-from ._backend import fresh, full_precision, resolve
+from ._backend import fresh, full_precision, memory_limit, resolve
 from ._check import (
     check_bounds,
     check_chunk_gates,
@@ -62,6 +62,14 @@ def _forward(
     check_index("state.position", position, chunk_size)
     if step == "chunk":
         check_chunk_gates(cu_seqlens, chunk_size, momentum=momentum, decay=decay)
+    if backend == "triton":
+        from .._triton.neural_memory import memory_fwd
+
+        return memory_fwd(
+            q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
+            chunk_size, step, activation, residual_norm, max_grad_norm,
+            keeps=keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step),
+        )  # fmt: skip
     state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
     with full_precision(k.device):
         output, new, surprise = reference.neural_memory(
@@ -136,12 +144,20 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of every tensor given, in order, absent ones left out."""
+    if backend == "triton":
+        from .._triton.neural_memory import memory_bwd
 
-    def forward(q, k, v, lr, momentum, decay, weights, trace, anchor, init):
-        # None is no value to torch.func: an absent tensor is an empty list
-        q, momentum, decay = (x[0] if x else None for x in (q, momentum, decay))
-        state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
-        output, new, surprise = reference.neural_memory(
+        return memory_bwd(
+            d_output, d_surprise, d_weights, d_trace, d_anchor,
+            q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
+            chunk_size, step, activation, residual_norm, max_grad_norm,
+        )  # fmt: skip
+
+    state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
+    d_state = MemoryState(tuple(d_weights), tuple(d_trace), tuple(d_anchor) or None)
+    with full_precision(k.device):
+        grads = reference.neural_memory_backward(
+            NeuralMemoryOutput(d_output, d_state, d_surprise),
             *(q, k, v, lr, momentum, decay, state),
             chunk_size=chunk_size,
             step=step,
@@ -151,17 +167,7 @@ def _backward(
             init=init or None,
             cu_seqlens=cu_seqlens,
         )
-        return output, surprise, new.weights, new.momentum, new.anchor or ()
-
-    inputs = (_listed(q), k, v, lr, _listed(momentum), _listed(decay), weights, trace, anchor, init)
-    with full_precision(k.device):
-        vjp = torch.func.vjp(forward, *inputs)[1]
-        grads = vjp((d_output, d_surprise, tuple(d_weights), tuple(d_trace), tuple(d_anchor)))
-    return [fresh(g) for x in grads for g in (x if isinstance(x, list) else [x])]
-
-
-def _listed(x: Tensor | None) -> list[Tensor]:
-    return [] if x is None else [x]
+    return [fresh(g) for g in grads]
 
 
 def _differentiable(q, k, v, lr, momentum, decay, weights, trace, anchor, init, *_):
@@ -299,7 +305,10 @@ def neural_memory(
         *(list(state.weights), list(state.momentum), list(state.anchor or ()), list(init or ())),
         *(state.position, cu_seqlens),
         *(chunk_size, step, activation, residual_norm, max_grad_norm),
-        resolve(backend, "neural_memory"),
+        resolve(
+            *(backend, "neural_memory", k.device),
+            memory_limit(k.dtype, state.weights, residual_norm),
+        ),
     )
     new = MemoryState(tuple(weights), tuple(trace))
     if anchor:

@@ -1,0 +1,484 @@
+"""Launchers of the write and the causal read. Computes :func:`mal_kernels.reference.neural_memory`.
+
+* one chunk (``chunk_size=None``), or chunks of more than 128 tokens: two launches a chunk, parallel
+  over tiles and over slices of the state (:mod:`.write`);
+* shorter chunks: one launch whose programs walk the chunks of a row and head;
+* then one launch that reads all tiles in parallel (:mod:`.causal_read`).
+
+Backward runs the write again, keeping the state before every tile, then the reads of all tiles
+in parallel (:mod:`.causal_read_backward`), then three launches a chunk, from the last to the first
+(:mod:`.backward`): one program holding all three would spill. Ragged rows get
+as many as the longest row could need.
+
+Nothing here reads a value on the host: the number of tiles of ragged rows is bounded, not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .backward import (
+    Carried,
+    Gradients,
+    Results,
+    anchor_bwd_kernel,
+    chunk_gates_bwd_kernel,
+    factors_bwd_kernel,
+    state_bwd_kernel,
+    token_gates_bwd_kernel,
+)
+from .causal_read import causal_read_fwd_kernel
+from .causal_read_backward import (
+    read_keys_bwd_kernel,
+    read_queries_bwd_kernel,
+    read_scores_bwd_kernel,
+)
+from .chunks import Rows, States, Static, Tokens
+from .tiles import dense, meta, power_of_2
+from .write import Factors, factors_fwd_kernel, state_fwd_kernel, write_fwd_kernel
+
+WALKED = 128  # tokens of the longest chunk that one program walks
+
+
+class Layout(NamedTuple):
+    """What a call looks like: sizes, bounds and what is compiled in."""
+
+    plain: Static  # for the host
+    static: Static  # for kernels
+    rows: Rows
+    sizes: tuple[int, int, int, int]  # T, C, N, chunk gates of a row
+    grid: int  # rows times heads
+    slots: int
+    chunks: int  # at most, of a row
+    tiles: int  # at most, of a row
+    warps: int
+
+    @property
+    def per_chunk(self) -> int:
+        """Tiles of a chunk."""
+        return triton.cdiv(self.sizes[1], self.plain.BT)
+
+    @property
+    def slices(self) -> int:
+        """Slices of the hidden width."""
+        return triton.cdiv(self.plain.E, self.plain.BE)
+
+    @property
+    def is_walked(self) -> bool:
+        """Whether one program takes all chunks of a row and head."""
+        return self.chunks > 1 and self.sizes[1] <= WALKED
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Tokens,
+        weights: list[Tensor],
+        init: list[Tensor],
+        position: Tensor | None,
+        cu_seqlens: Tensor | None,
+        chunk_size: int | None,
+        step: str,
+        activation: str,
+        residual_norm: bool,
+        max_grad_norm: float | None,
+        *,
+        saves: bool,
+        keeps: bool,
+    ) -> Layout:
+        batch, length, heads, dim = tokens.k.shape
+        rows, depth = weights[0].shape[0], len(weights) - residual_norm
+        width = weights[0].shape[3] if depth == 2 else dim
+        size = chunk_size or max(length, 1)
+        # short turns are spread over more programs; wide or float32 tiles overflow the registers
+        most = 64 if tokens.k.element_size() == 2 and dim <= 64 and length > 256 else 16
+        tile = min(most, power_of_2(size))
+        per_chunk = triton.cdiv(size, tile)
+        columns = length + (0 if position is None else size - 1)
+        plain = Static(
+            H=heads,
+            D=dim,
+            E=width,
+            P=sum(w.shape[2:].numel() for w in weights),
+            DEPTH=depth,
+            ACT=activation,
+            RESIDUAL_NORM=residual_norm,
+            CLIPS=max_grad_norm is not None,
+            MAX_NORM=max_grad_norm or 0.0,
+            TOKEN_STEPS=step == "token",
+            HAS_MOMENTUM=tokens.momentum is not None,
+            HAS_DECAY=tokens.decay is not None,
+            HAS_INIT=bool(init),
+            HAS_POSITION=position is not None,
+            IS_VARLEN=cu_seqlens is not None,
+            KEEPS_ANCHOR=keeps,
+            SAVES_STATES=saves,
+            READS=tokens.q is not None,
+            ONE_CHUNK=columns <= size,
+            BT=tile,
+            BD=power_of_2(dim),
+            BE=32,
+            LAST=(depth - 1) * dim * width,
+            GAIN=depth * dim * width,
+        )
+        slack = 2 if position is None else 2 + per_chunk
+        gates = None
+        if step == "chunk" and cu_seqlens is not None and chunk_size is not None:
+            counts = torch.clamp(-(-cu_seqlens.diff() // size), min=1)
+            gates = counts.cumsum(0) - counts
+        return cls(
+            plain=plain,
+            static=plain.constants(),
+            rows=Rows(dense(cu_seqlens), dense(position), gates),
+            sizes=(length, size, rows, 1 if cu_seqlens is not None else -(-length // size) or 1),
+            grid=rows * heads,
+            slots=batch * length * per_chunk // size + rows * slack,
+            chunks=max(triton.cdiv(columns, size), 1),
+            tiles=columns // size * per_chunk + triton.cdiv(columns % size, tile),
+            warps=8,
+        )  # fmt: skip
+
+
+def memory_fwd(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    weights: list[Tensor],
+    trace: list[Tensor],
+    anchor: list[Tensor],
+    init: list[Tensor],
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *options: object,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Output, surprise, next weights, momentum, anchor and position.
+
+    ``options`` are ``chunk_size, step, activation, residual_norm, max_grad_norm``; anchor and
+    position are empty unless ``keeps``.
+    """
+    tokens = contiguous(Tokens(q, k, v, lr, momentum, decay))
+    layout = Layout.of(
+        tokens, weights, init, position, cu_seqlens, *options, saves=q is not None, keeps=keeps
+    )
+    states = pack_states(layout, weights, trace, anchor, init)
+    factors = new_factors(layout, tokens)
+    write(layout, tokens, states, factors)
+    output = k.new_empty(0) if q is None else k.new_empty(k.shape)
+    if q is not None:
+        read(layout, tokens, states, factors, output)
+    n = len(weights[0])
+    kept = unpack(states.weights[3 * n : 4 * n], weights) if keeps else []
+    offset = next_position(layout, k.device) if keeps else k.new_empty(0, dtype=torch.int64)
+    final = [unpack(x[n : 2 * n], weights) for x in (states.weights, states.trace)]
+    return output, factors.surprise, *final, kept, offset
+
+
+def contiguous(tokens: Tokens) -> Tokens:
+    return Tokens(*(None if x is None else x.contiguous() for x in tokens))
+
+
+def pack_states(
+    layout: Layout,
+    weights: list[Tensor],
+    trace: list[Tensor],
+    anchor: list[Tensor],
+    init: list[Tensor],
+) -> States:
+    """The numbered states of :mod:`.chunks`, the initial ones and the given anchors filled in."""
+    n, heads = weights[0].shape[:2]
+    count = 4 * n + (layout.slots if layout.plain.SAVES_STATES else 0)
+    size = layout.plain.P
+    packed_weights, packed_trace = (weights[0].new_empty(count, heads, size) for _ in range(2))
+    pack(weights, packed_weights[:n])
+    pack(trace, packed_trace[:n])
+    if anchor:
+        pack(anchor, packed_weights[2 * n : 3 * n])
+    target = pack(init, weights[0].new_empty(n, heads, size)) if init else None
+    return States(packed_weights, packed_trace, target)
+
+
+def pack(tensors: list[Tensor], out: Tensor) -> Tensor:
+    """Layers ``[N, H, ...]`` one behind the other in ``[N, H, P]``."""
+    return torch.cat([x.flatten(2) for x in tensors], -1, out=out)
+
+
+def unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`pack`, as new tensors."""
+    tensors = [w.new_empty(w.shape) for w in like]
+    parts = packed.split([w.shape[2:].numel() for w in like], -1)
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.flatten(2).copy_(part)
+    return tensors
+
+
+def new_factors(layout: Layout, tokens: Tokens) -> Factors:
+    plain, k = layout.plain, tokens.k
+    shape = k.shape[:3]
+
+    def scalars(given: bool = True) -> Tensor | None:
+        return k.new_empty(shape, dtype=torch.float32) if given else None
+
+    def vectors(width: int, given: bool = True) -> Tensor | None:
+        return k.new_empty(*shape, width) if given else None
+
+    deep = plain.DEPTH == 2
+    return Factors(
+        h=vectors(plain.E, deep),
+        d1=vectors(plain.E, deep),
+        d2=vectors(plain.D),
+        dg=vectors(plain.D, plain.RESIDUAL_NORM),
+        rate=scalars(),
+        square=scalars(plain.CLIPS),
+        on_w=scalars(),
+        on_s=scalars(plain.TOKEN_STEPS),
+        tile=k.new_empty(layout.slots, plain.H, 4, dtype=torch.float32),
+        surprise=scalars(),
+    )
+
+
+def write(layout: Layout, tokens: Tokens, states: States, factors: Factors) -> None:
+    """Fills ``factors``, and ``states`` but for what is packed."""
+    length, size, n, gates = layout.sizes
+    static, arguments = layout.static, (tokens, states, factors, layout.rows)
+    if not layout.grid:
+        return
+    if layout.is_walked:
+        write_fwd_kernel[(layout.grid,)](
+            *arguments, length, size, n, gates, static, num_warps=layout.warps, num_stages=1
+        )  # fmt: skip
+        return
+    for i_c in range(layout.chunks):
+        if layout.tiles:
+            factors_fwd_kernel[(layout.grid, min(layout.tiles, layout.per_chunk))](
+                *arguments, length, size, n, gates, i_c, static, num_warps=layout.warps
+            )
+        state_fwd_kernel[(layout.grid, layout.slices)](
+            *arguments, length, size, n, i_c, static, num_warps=layout.warps, num_stages=1
+        )
+
+
+def read(layout: Layout, tokens: Tokens, states: States, factors: Factors, output: Tensor) -> None:
+    if layout.grid and layout.tiles:
+        causal_read_fwd_kernel[(layout.grid, layout.tiles)](
+            *(tokens, states, factors, layout.rows, output),
+            *layout.sizes[:3],
+            layout.static,
+            num_warps=layout.warps,
+        )
+
+
+def next_position(layout: Layout, device: torch.device) -> Tensor:
+    """``[N]`` int64: where each row stands in its chunk after its last token."""
+    length, size, n, _ = layout.sizes
+    cu_seqlens, position, _ = layout.rows
+    if cu_seqlens is None:
+        lengths = torch.full((n,), length, dtype=torch.int64, device=device)
+    else:
+        lengths = cu_seqlens.diff().long()
+    return (lengths if position is None else lengths + position) % size
+
+
+def memory_bwd(
+    d_output: Tensor,
+    d_surprise: Tensor,
+    d_weights: list[Tensor],
+    d_trace: list[Tensor],
+    d_anchor: list[Tensor],
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    weights: list[Tensor],
+    trace: list[Tensor],
+    anchor: list[Tensor],
+    init: list[Tensor],
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *options: object,
+) -> list[Tensor]:
+    """Gradients of the tensors that are given, in order; arguments as of :func:`memory_fwd`."""
+    tokens = contiguous(Tokens(q, k, v, lr, momentum, decay))
+    layout = Layout.of(
+        *(tokens, weights, init, position, cu_seqlens, *options), saves=True, keeps=bool(d_anchor)
+    )
+    states = pack_states(layout, weights, trace, anchor, init)
+    factors = new_factors(layout, tokens)
+    write(layout, tokens, states, factors)
+    d_output = d_output.contiguous()
+    gradients = new_gradients(layout, tokens, d_output)
+    carried = new_carried(layout, d_weights, d_trace, d_anchor, init, anchor)
+    d_q, *results = (None if x is None else x.new_empty(x.shape) for x in tokens)
+    results = Results(*results, d_surprise.contiguous())
+    if layout.grid:
+        backward(layout, tokens, states, factors, gradients, carried, results, d_output, d_q)
+    d_tokens = [x for x in (d_q, *results[:5]) if x is not None]
+    d_states = [unpack(carried.weights, weights), unpack(carried.trace, weights)]
+    if anchor:
+        d_states.append(unpack(carried.anchor, weights))
+    if init:
+        d_states.append(unpack(carried.init, weights))
+    return [*d_tokens, *(x for state in d_states for x in state)]
+
+
+def new_gradients(layout: Layout, tokens: Tokens, d_output: Tensor) -> Gradients:
+    plain, k = layout.plain, tokens.k
+    deep, norm = plain.DEPTH == 2, plain.RESIDUAL_NORM
+    by_token, reads = plain.TOKEN_STEPS, plain.READS
+    dim, width = plain.D, plain.E
+
+    def buffer(*size: int, given: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return k.new_empty(*k.shape[:3], *size, dtype=dtype) if given else None
+
+    both = reads and by_token
+    return Gradients(
+        k=buffer(dim),
+        h=buffer(width, given=deep),
+        d1=buffer(width, given=deep),
+        d2=buffer(dim),
+        dg=buffer(dim, given=norm),
+        rate=buffer(),
+        hq=buffer(width, given=deep and reads, dtype=k.dtype),
+        zq=buffer(width, given=deep and reads, dtype=k.dtype),
+        oq=buffer(dim, dtype=k.dtype) if reads and norm else d_output,
+        gq=buffer(dim, given=reads and norm),
+        beta=buffer(given=both),
+        f=buffer(given=both),
+        decays=buffer(plain.BT, given=both),
+        w=buffer(plain.BT, given=both),
+        dbeta=buffer(given=both),
+        df=buffer(given=both),
+        on_w=buffer(given=by_token),
+        on_s=buffer(given=by_token),
+        tile=k.new_zeros(layout.slots, plain.H, layout.slices, 3, 3, dtype=torch.float32),
+    )
+
+
+def new_carried(
+    layout: Layout,
+    d_weights: list[Tensor],
+    d_trace: list[Tensor],
+    d_anchor: list[Tensor],
+    init: list[Tensor],
+    anchor: list[Tensor],
+) -> Carried:
+    """The gradients of the final state, which become those of the initial one."""
+    n, heads, size = layout.sizes[2], layout.plain.H, layout.plain.P
+    like, tiles = d_weights[0], n * layout.per_chunk
+    if layout.plain.ONE_CHUNK:
+        tiles = layout.slots
+
+    def packed(tensors: list[Tensor]) -> Tensor:
+        return pack(tensors, like.new_empty(n, heads, size))
+
+    return Carried(
+        weights=packed(d_weights),
+        trace=packed(d_trace),
+        init=like.new_zeros(n, heads, size) if init else None,
+        anchor=like.new_zeros(n, heads, size) if anchor else None,
+        returned=packed(d_anchor) if d_anchor else None,
+        tile_weights=like.new_empty(tiles, heads, size),
+        tile_trace=like.new_empty(tiles, heads, size),
+    )
+
+
+def backward(
+    layout: Layout,
+    tokens: Tokens,
+    states: States,
+    factors: Factors,
+    gradients: Gradients,
+    carried: Carried,
+    results: Results,
+    d_output: Tensor,
+    d_q: Tensor | None,
+) -> None:
+    """The reads of all tiles, then the chunks from the last to the first, then the gates."""
+    static, rows, (length, size, n, gates) = layout.static, layout.rows, layout.sizes
+    saved, sizes, grid = (tokens, states, factors), (length, size, n), layout.grid
+    options = dict(num_warps=layout.warps, num_stages=1)
+    # holds more per token than the others, so sees less of the hidden width at a time
+    narrow = replace(layout.plain, BE=max(layout.plain.BE // 2, 16)).constants()
+    if d_q is not None and layout.tiles:
+        tiles, reads = (grid, layout.tiles), (*saved, gradients, rows, d_output)
+        if layout.plain.TOKEN_STEPS:
+            read_scores_bwd_kernel[tiles](*reads, *sizes, static, **options)
+        read_queries_bwd_kernel[tiles](*reads, d_q, *sizes, static, **options)
+        if layout.plain.TOKEN_STEPS:
+            read_keys_bwd_kernel[tiles](*reads, d_q, *sizes, static, **options)
+    slices, tiles = (grid, layout.slices), (grid, min(layout.tiles, layout.per_chunk))
+    for i_c in reversed(range(layout.chunks)):
+        at = (*sizes, i_c)
+        state_bwd_kernel[slices](*saved, gradients, carried, rows, *at, static, **options)
+        if layout.tiles:
+            factors_bwd_kernel[tiles](
+                *saved, gradients, carried, results, rows, *at, narrow, **options
+            )
+        anchor_bwd_kernel[slices](
+            *(tokens, factors, gradients, carried, rows), *at, static, **options
+        )
+    if results.momentum is None and results.decay is None:
+        return
+    d_tile = gradients.tile.sum((2, 3))
+    if not layout.plain.TOKEN_STEPS:
+        chunk_gates_bwd_kernel[(grid, layout.chunks)](
+            results, rows, d_tile, length, size, gates, static, num_warps=1
+        )
+    elif layout.tiles:
+        token_gates_bwd_kernel[(grid, layout.tiles)](
+            tokens, gradients, results, rows, d_tile, length, size, static, **options
+        )
+
+
+# --- compiled without a GPU by mal_kernels._triton.aot --------------------------------------------
+
+
+def _example(
+    tokens: int,
+    dim: int,
+    width: int,
+    chunk_size: int | None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    depth: int = 2,
+    step: str = "token",
+    residual_norm: bool = False,
+    max_norm: float | None = None,
+    ragged: bool = False,
+) -> Callable[[], object]:
+    def call() -> object:
+        rows, batch, heads = 2, 1 if ragged else 2, 4
+        q = meta(batch, tokens, heads, dim, dtype=dtype)
+        lr = meta(batch, tokens, heads)
+        gate = lr if step == "token" else meta(batch, rows if ragged else 1, heads)
+        weights = [meta(rows, heads, dim, width), meta(rows, heads, width, dim)][-depth:]
+        weights += [meta(rows, heads, dim)] if residual_norm else []
+        cu_seqlens = meta(rows + 1, dtype=torch.int64) if ragged else None
+        init = weights if step == "chunk" else []
+        inputs = (q, q, q, lr, gate, gate, weights, weights, [], init, None, cu_seqlens)
+        options = (chunk_size, step, "gelu", residual_norm, max_norm)
+        forward = memory_fwd(*inputs, *options, keeps=False)
+        return forward, memory_bwd(q, lr, weights, weights, [], *inputs, *options)
+
+    return call
+
+
+EXAMPLES = {
+    "D64 E256 chunk 64 bf16": _example(320, 64, 256, 64),
+    "D64 E128 turn ragged bf16": _example(
+        112, 64, 128, None, step="chunk", max_norm=1.0, ragged=True
+    ),
+    "D128 E512 norm bf16": _example(64, 128, 512, 32, residual_norm=True, max_norm=1.0),
+    "D64 E128 chunk 32 fp32": _example(64, 64, 128, 32, torch.float32),
+    "D64 depth 1 bf16": _example(320, 64, 64, 64, depth=1),
+}

@@ -1,0 +1,95 @@
+"""Every kernel compiles for every GPU, spills nothing on Hopper and uses its tensor cores."""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles: runs without TRITON_INTERPRET", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed")
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default before Triton 3.10
+
+import triton
+import triton.language as tl
+
+from mal_kernels._triton import aot
+
+MODULES = aot.kernel_modules()
+# spill instructions allowed: other versions of Triton allocate registers a little differently
+SPILLS = 0 if triton.__version__.startswith("3.6.") else 64
+# sizes that auto would not choose, and what they spill today
+KNOWN_SPILLS = {
+    ("read_scores_bwd_kernel", "D128 E512 norm bf16"): 28,
+    ("factors_bwd_kernel", "D128 E512 norm bf16"): 208,
+    ("read_queries_bwd_kernel", "D64 E128 chunk 32 fp32"): 4,
+    ("memory_read_bwd_q_kernel", "D128 E512 fp32 norm"): 12,
+    ("aligned_bwd_tokens_kernel", "Dm1024 D128 depth 1 bf16"): 29,
+}
+
+
+@functools.cache
+def reports(name, target):
+    # all sizes for the GPU that the sizes were chosen for, two for the others
+    return aot.reports(MODULES[name], target, at_most=None if target == "sm_90" else 2)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_compiles(target, name):
+    for report in reports(name, target):
+        assert report.shared <= aot.SHARED_BYTES[target], report
+        assert not report.int32_offsets, report
+        assert not report.narrow_dots or report.mma, f"no tensor cores: {report}"
+        if target == "sm_90":
+            known = KNOWN_SPILLS.get((report.kernel, report.example), 0)
+            assert report.spills <= max(known, SPILLS), report
+
+
+def test_every_kernel_has_an_example():
+    compiled = {report.kernel for name in MODULES for report in reports(name, "sm_90")}
+    assert compiled >= set().union(*map(aot.kernels_of, MODULES.values()))
+
+
+# --- planted faults -------------------------------------------------------------------------------
+
+
+@triton.jit
+def int32_kernel(p_x, stride, N: tl.constexpr):
+    o = tl.program_id(0) * stride + tl.arange(0, N)
+    tl.store(p_x + o, 1.0)
+
+
+@triton.jit
+def square_kernel(p_x, N: tl.constexpr):
+    o = tl.arange(0, N)[:, None].to(tl.int64) * N + tl.arange(0, N)
+    x = tl.load(p_x + o)
+    tl.store(p_x + o, tl.dot(x, x, input_precision="ieee"))
+
+
+def one_report(launch):
+    (report,) = aot.reports(types.SimpleNamespace(EXAMPLES={"planted": launch}), "sm_90")
+    return report
+
+
+def test_the_checks_see_planted_faults():
+    x = torch.empty(4096, device="meta")
+    assert one_report(lambda: int32_kernel[(1,)](x, 3, 16)).int32_offsets == ("p_x",)
+    half = one_report(lambda: square_kernel[(1,)](x.half(), 32))
+    full = one_report(lambda: square_kernel[(1,)](x, 32))
+    assert half.spills == 0
+    assert one_report(lambda: square_kernel[(1,)](x, 32, num_warps=1, maxnreg=32)).spills > 0
+    assert (half.narrow_dots, half.mma > 0, full.narrow_dots, full.mma) == (1, True, 0, 0)
+    with pytest.raises(RuntimeError, match="meta"):
+        one_report(lambda: int32_kernel[(int(x.sum().item()),)](x, 3, 16))
+
+
+def test_the_driver_is_put_back():
+    active = triton.runtime.driver._active
+    one_report(lambda: int32_kernel[(1,)](torch.empty(16, device="meta"), 3, 16))
+    assert triton.runtime.driver._active is active
