@@ -1,0 +1,1 @@
+"""Benchmarks of ``mal_kernels``; not installed with it."""
