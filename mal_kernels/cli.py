@@ -1,0 +1,150 @@
+"""The ``mal-kernels`` command."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from mal_kernels import __version__, ops
+from mal_kernels.errors import MALError
+from mal_kernels.ops._backend import resolve
+
+# what doctor reports, and how to get it
+PACKAGES = {
+    "torch": "see pytorch.org",
+    "transformers": "pip install transformers",
+    "triton": "comes with torch for Linux and CUDA",
+    "soundfile": "pip install 'mal-kernels[audio]'",
+    "soxr": "pip install 'mal-kernels[audio]'",
+    "matplotlib": "pip install 'mal-kernels[demo]'",
+}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+
+@app.callback()
+def main() -> None:
+    """Neural memory for frozen audio language models."""
+
+
+@app.command()
+def demo(
+    recordings: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[WAV]...", help="Your own recordings, as the turns of one dialogue."
+        ),
+    ] = None,
+    speakers: Annotated[
+        str | None,
+        typer.Option(metavar="ABAB", help="Who speaks in each recording; one voice if left out."),
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Make the weights again from nothing first (minutes).")
+    ] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder with weights; those of the package if left out.")
+    ] = None,
+    dialogues: Annotated[int, typer.Option(min=1, help="Synthetic dialogues to evaluate.")] = 250,
+    seed: Annotated[int, typer.Option(min=0, help="Of the synthetic dialogues.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and trained weights.")] = Path(
+        "mal-demo"
+    ),
+    workers: Annotated[int, typer.Option(min=1, help="Processes that render audio.")] = 2,
+) -> None:
+    """A small Qwen2-Audio hears dialogues with and without memory; nothing is downloaded."""
+    with _errors_without_traceback():
+        from mal_kernels.demo.show import run
+        from mal_kernels.demo.train import Recipe
+
+        run(
+            Console(),
+            recordings or (),
+            speakers=speakers,
+            weights=weights,
+            recipe=Recipe() if train else None,
+            dialogues=dialogues,
+            seed=seed,
+            out=out,
+            workers=workers,
+        )
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, and which backend every op would use and why."""
+    console = Console()
+    versions = Table("package", "version", title="Versions", title_justify="left")
+    versions.add_row("mal-kernels", __version__)
+    versions.add_row("python", platform.python_version())
+    for name, remedy in PACKAGES.items():
+        versions.add_row(name, _version(name) or f"[dim]not installed: {remedy}[/dim]")
+    console.print(versions)
+
+    devices = Table("device", "what it is", title="Devices", title_justify="left")
+    for device, what in _devices():
+        devices.add_row(device, what)
+    console.print(devices)
+
+    backends = Table(
+        "op", "backend", "why", title="Backends of mal_kernels.ops", title_justify="left"
+    )
+    target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    broken = False
+    for op in (name for name in ops.__all__ if name.islower() and name != "explain"):
+        backend, why = ops.explain(op)
+        try:
+            resolve("auto", op, target)
+        except MALError as error:
+            broken, why = True, f"[red]cannot be used:[/red] {escape(str(error))}"
+        backends.add_row(op, escape(backend), why)
+    console.print(backends)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}",
+            f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB",
+        )
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        yield (
+            "cuda",
+            f"none: {'no GPU is visible' if built else 'this torch is built for the CPU only'}",
+        )
+    yield "nvcc", shutil.which("nvcc") or "not on PATH: the CUDA kernels cannot be built here"
+
+
+@contextmanager
+def _errors_without_traceback() -> Iterator[None]:
+    """What the library refuses is the user's business: its message, and exit code 1."""
+    try:
+        yield
+    except MALError as error:
+        message = Text.assemble((type(error).__name__, "red"), f": {error}")
+        Console(stderr=True).print(message, soft_wrap=True)
+        raise typer.Exit(1) from error

@@ -1,0 +1,56 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from mal_kernels import ops
+from mal_kernels.cli import app
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+def test_doctor_lists_every_op_with_its_backend_and_the_reason():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for op in ("memory_read", "memory_update", "neural_memory", "momentum_scan"):
+        backend, why = ops.explain(op)
+        (line,) = [line for line in result.output.splitlines() if f" {op} " in line]
+        assert backend in line
+        assert why in line
+    assert "transformers" in result.output
+    assert "cpu" in result.output
+
+
+def test_doctor_says_what_is_wrong_with_the_environment(monkeypatch):
+    monkeypatch.setenv("MAL_BACKEND", "tritno")
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "cannot be used: MAL_BACKEND: got 'tritno'" in result.output
+
+
+def test_errors_are_messages_and_not_tracebacks(tmp_path):
+    result = invoke("demo", str(tmp_path / "missing.wav"))
+    assert result.exit_code == 1
+    assert "AudioFileError" in result.stderr
+    assert "missing.wav" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [("--help",), ("demo", "--help"), ("doctor", "--help")])
+def test_help(command):
+    result = invoke(*command)
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_help_does_not_load_the_demo():
+    code = "import sys, json, mal_kernels.cli; print(json.dumps(list(sys.modules)))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    loaded = set(json.loads(output.stdout))
+    assert not loaded & {"transformers", "matplotlib", "soundfile", "mal_kernels.demo.show"}
