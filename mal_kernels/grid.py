@@ -12,7 +12,7 @@ from torch import Tensor
 class Grid(NamedTuple):
     """Tokens of all rows laid on ``[N, chunks · size]`` slots, each row shifted by its position."""
 
-    slot: Tensor  # [B·T] int64, of each token
+    slot: Tensor | None  # [B·T] int64, of each token; None: token i is in slot i
     rows: int
     chunks: int
     size: int
@@ -35,12 +35,12 @@ class Grid(NamedTuple):
         start = torch.zeros_like(lengths) if position is None else position
         size = chunk_size or max([1, *counted])
         chunks = -(-max((start + lengths).tolist(), default=0) // size)
-        row = torch.repeat_interleave(torch.arange(len(bounds), device=x.device), lengths)
-        before = (lengths.cumsum(0) - lengths)[row]
-        column = torch.arange(len(row), device=x.device) - before + start[row]
-        index = row * (chunks * size) + column
-        mask = torch.zeros(len(bounds) * chunks * size, dtype=torch.bool, device=x.device)
-        mask = mask.index_fill(0, index, True).view(len(bounds), chunks, size).transpose(0, 1)
+        slots = torch.arange(chunks * size, device=x.device)
+        filled = (slots >= start.unsqueeze(1)) & (slots < (start + lengths).unsqueeze(1))
+        slot = (
+            None if all(n == chunks * size for n in counted) else filled.flatten().nonzero()[:, 0]
+        )
+        mask = filled.view(len(bounds), chunks, size).transpose(0, 1)
         counts = torch.clamp(-(-lengths // size), min=1)
         chunk = torch.arange(chunks, device=x.device).unsqueeze(1)
         gate_index = (counts.cumsum(0) - counts) + torch.minimum(chunk, counts - 1)
@@ -49,14 +49,15 @@ class Grid(NamedTuple):
         if not whole_rows:
             opens = [m.any(-1) & ((start == 0) | (c > 0)) for c, m in enumerate(mask)]
         end = (start + lengths) % size
-        return cls(index, len(bounds), chunks, size, mask, opens, end, gate_index)
+        return cls(slot, len(bounds), chunks, size, mask, opens, end, gate_index)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, T, H, ...]`` to ``[chunks, N, H, size, ...]``, zero where there is no token."""
         x = x.flatten(0, 1)
-        slots = x.new_zeros(self.rows * self.chunks * self.size, *x.shape[1:])
-        slots = slots.index_copy(0, self.slot, x)
-        grid = slots.view(self.rows, self.chunks, self.size, *x.shape[1:])
+        if self.slot is not None:
+            empty = x.new_zeros(self.rows * self.chunks * self.size, *x.shape[1:])
+            x = empty.index_copy(0, self.slot, x)
+        grid = x.view(self.rows, self.chunks, self.size, *x.shape[1:])
         return grid.transpose(0, 1).transpose(2, 3).contiguous()
 
     def pack_chunk_gate(self, gate: Tensor) -> Tensor:
@@ -67,8 +68,10 @@ class Grid(NamedTuple):
         """The inverse of :meth:`pack`, with the shape and dtype of ``like``."""
         if not chunks:
             return torch.zeros_like(like)
-        grid = torch.stack(chunks).transpose(2, 3).transpose(0, 1)
-        return grid.flatten(0, 2)[self.slot].view(like.shape).to(like.dtype)
+        x = torch.stack(chunks).transpose(2, 3).transpose(0, 1).flatten(0, 2)
+        if self.slot is not None:
+            x = x[self.slot]
+        return x.view(like.shape).to(like.dtype)
 
 
 def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
