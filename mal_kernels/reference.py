@@ -361,7 +361,7 @@ def keeps_position(
 class _Chunks(NamedTuple):
     """All chunks of a call; the first dimension of every tensor counts them."""
 
-    tokens: tuple[Tensor, ...]  # k, v [chunks, N, H, C, D], lr [chunks, N, H, C]; q if it reads
+    tokens: tuple[Tensor, ...]  # k, v, and q if it reads, [chunks, N, H, C, D]
     coefficients: _TokenSteps | _ChunkStep
 
     @classmethod
@@ -377,14 +377,14 @@ class _Chunks(NamedTuple):
         momentum: Tensor | None,
         decay: Tensor | None,
     ) -> _Chunks:
-        tokens = tuple(grid.pack(x.to(dtype)) for x in (k, v, lr, q) if x is not None)
-        by_token = memory.step == "token"
+        tokens = tuple(grid.pack(x.to(dtype)) for x in (k, v, q) if x is not None)
+        theta, by_token = grid.pack(lr.to(dtype)), memory.step == "token"
         pack = grid.pack if by_token else grid.pack_chunk_gate
-        absent = torch.zeros_like(tokens[2] if by_token else tokens[2][..., 0])
+        absent = torch.zeros_like(theta if by_token else theta[..., 0])
         eta, alpha = (absent if g is None else pack(g.to(dtype)) for g in (momentum, decay))
         if by_token:
-            return cls(tokens, _TokenSteps.of(eta, alpha, grid.mask, every=q is not None))
-        return cls(tokens, _ChunkStep.of(eta, alpha, grid.mask))
+            return cls(tokens, _TokenSteps.of(theta, eta, alpha, grid.mask, every=q is not None))
+        return cls(tokens, _ChunkStep.of(theta, eta, alpha, grid.mask))
 
     def at(self, c: int) -> tuple[tuple[Tensor, ...], _TokenSteps | _ChunkStep]:
         """Tokens and coefficients of chunk ``c``."""
@@ -392,7 +392,7 @@ class _Chunks(NamedTuple):
 
     def without_queries(self) -> _Chunks:
         """The same for a walk that only writes."""
-        return self._replace(tokens=self.tokens[:3])
+        return self._replace(tokens=self.tokens[:2])
 
     def stacked(self, parts: Sequence[Sequence[Any]]) -> _Chunks:
         """The inverse of :meth:`at` for every chunk."""
@@ -431,9 +431,8 @@ def _advance(
     c: _TokenSteps | _ChunkStep,
 ) -> _Advanced:
     """One chunk of all rows: weights and momentum after it, surprise, output if it reads."""
-    k, v, lr, *queries = tokens
+    k, v, *queries = tokens
     xs, deltas, surprise = _gradient_factors(anchor, k, v, memory)
-    deltas = [lr.unsqueeze(-1) * d for d in deltas]
     if isinstance(c, _TokenSteps):
         outputs = [_read_inside(q, weights, trace, init, xs, deltas, c, memory) for q in queries]
     else:
@@ -490,14 +489,16 @@ def _clip(xs: Sequence[Tensor], deltas: list[Tensor], max_norm: float | None) ->
 class _TokenSteps(NamedTuple):
     """Rows ``t`` of the closed form: ``R = C`` of them where tokens read, else the last alone."""
 
-    w: Tensor  # [N, H, R, C]
+    w: Tensor  # [N, H, R, C], w_ts θ_s
     beta: Tensor  # [N, H, R]
     f: Tensor  # [N, H, R]
-    e_last: Tensor  # [N, H, C]
+    e_last: Tensor  # [N, H, C], E_Cs θ_s
     e0_last: Tensor  # [N, H]
 
     @classmethod
-    def of(cls, momentum: Tensor, decay: Tensor, mask: Tensor, *, every: bool) -> _TokenSteps:
+    def of(
+        cls, lr: Tensor, momentum: Tensor, decay: Tensor, mask: Tensor, *, every: bool
+    ) -> _TokenSteps:
         """From gates ``[..., N, H, C]``.
 
         Where ``mask`` ``[..., N, C]`` is False no token stands: that slot neither decays nor adds S
@@ -512,7 +513,8 @@ class _TokenSteps(NamedTuple):
         e0 = eta.cumprod(-1)
         f = (decays @ e0.unsqueeze(-1)).squeeze(-1)
         beta = a.cumprod(-1)[..., rows]
-        return cls(decays @ momenta, beta, f, momenta[..., -1, :], e0[..., -1])
+        w, e_last = (decays @ momenta) * lr.unsqueeze(-2), momenta[..., -1, :] * lr
+        return cls(w, beta, f, e_last, e0[..., -1])
 
     def at(self, c: int) -> _TokenSteps:
         """Those of chunk ``c``."""
@@ -523,7 +525,7 @@ class _TokenSteps(NamedTuple):
         return self.beta[..., -1], self.f[..., -1], self.e0_last
 
     def gradients(self, x: Tensor | None, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """``Σ_s w_Cs x_s ⊗ δ_s`` and ``Σ_s E_Cs x_s ⊗ δ_s``; ``x=None``: ``δ_s`` alone."""
+        """``Σ_s w_Cs θ_s x_s ⊗ δ_s``, and with ``E`` for ``w``; ``x=None``: ``δ_s`` alone."""
         scales = (self.w[..., -1, :].unsqueeze(-1), self.e_last.unsqueeze(-1))  # [N, H, C, 1]
         if x is None:
             of_w, of_s = ((c * delta).sum(-2) for c in scales)
@@ -535,16 +537,17 @@ class _TokenSteps(NamedTuple):
 class _ChunkStep(NamedTuple):
     """One step for the whole chunk: ``w = E = 1``, ``β = 1 − α``, ``f = ε = η``."""
 
+    lr: Tensor  # [N, H, C], 0 where no token stands
     beta: Tensor  # [N, H]
     f: Tensor  # [N, H]
     e0_last: Tensor  # [N, H]
 
     @classmethod
-    def of(cls, momentum: Tensor, decay: Tensor, mask: Tensor) -> _ChunkStep:
+    def of(cls, lr: Tensor, momentum: Tensor, decay: Tensor, mask: Tensor) -> _ChunkStep:
         """From gates ``[..., N, H]``; a row without tokens in the chunk keeps its state."""
         active = mask.any(-1, keepdim=True)
         gates = ((1 - decay, 1.0), (momentum, 0.0), (momentum, 1.0))
-        return cls(*(torch.where(active, gate, idle) for gate, idle in gates))
+        return cls(lr, *(torch.where(active, gate, idle) for gate, idle in gates))
 
     def at(self, c: int) -> _ChunkStep:
         """Those of chunk ``c``."""
@@ -552,10 +555,11 @@ class _ChunkStep(NamedTuple):
 
     def after_the_last(self) -> tuple[Tensor, Tensor, Tensor]:
         """β, f and ε ``[N, H]``."""
-        return self
+        return self[1:]
 
     def gradients(self, x: Tensor | None, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """``Σ_s x_s ⊗ δ_s`` twice, for the weights and for the momentum."""
+        """``Σ_s θ_s x_s ⊗ δ_s`` twice, for the weights and for the momentum."""
+        delta = self.lr.unsqueeze(-1) * delta
         total = delta.sum(-2) if x is None else x.mT @ delta
         return total, total
 
@@ -580,7 +584,7 @@ def _write(
     new_weights, new_trace = [], []
     for i, (w, s, delta) in enumerate(zip(weights, trace, deltas, strict=True)):
         of_w, of_s = c.gradients(xs[i] if i < len(xs) else None, delta)
-        new = _per_head(beta, w) * w + _per_head(f, s) * s - of_w
+        new = torch.addcmul(_per_head(beta, w) * w - of_w, _per_head(f, s), s)
         if init:
             new = new + _per_head(1 - beta, w) * init[i]
         new_weights.append(new)
