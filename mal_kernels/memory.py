@@ -40,8 +40,8 @@ class NeuralMemory(nn.Module):
         step: ``"token"`` or ``"chunk"``.
         chunk_size: tokens between refreshes of the gradient's anchor; None: one chunk per call.
         max_lr: upper bound of the write rate; above 0.5 a memory of depth 2 can diverge.
-        lr_init: initial write rate per head, each below ``max_lr``; None spreads them from
-            ``max_lr/20`` to ``max_lr/2``.
+        lr_init: initial write rate per head, each below ``max_lr``; None spreads them evenly in
+            logarithm over the decade below ``max_lr/2``.
         momentum_init: initial η.
         decay_init: initial α.
         max_grad_norm: bound of every token's inner gradient norm; None: no bound.
@@ -105,7 +105,7 @@ class NeuralMemory(nn.Module):
     ) -> None:
         heads = self.heads
         if lr_init is None:
-            lr_init = [self.max_lr * 0.5 * 10 ** (h / heads - 1 + 1 / heads) for h in range(heads)]
+            lr_init = [self.max_lr * 0.5 * 10 ** ((h + 1) / heads - 1) for h in range(heads)]
         if len(lr_init) != heads or not all(0 < x < self.max_lr for x in lr_init):
             raise ArgumentError(
                 f"lr_init: got {lr_init}, expected {heads} numbers, one per head, between 0 and "
@@ -197,7 +197,8 @@ class NeuralMemory(nn.Module):
             The next state and the surprise ``[1, N, H]``.
         """
         x = self._normed(tokens)
-        lr, momentum, decay = (r.unsqueeze(0) for r in self.rates(tokens, cu_seqlens))
+        rates = self._rates(x, *self._segments(len(x), cu_seqlens))
+        lr, momentum, decay = (r.unsqueeze(0) for r in rates)
         return ops.memory_update(
             self._unit(self.to_k(x)).unsqueeze(0),
             self._heads(self.to_v(x)).unsqueeze(0),
