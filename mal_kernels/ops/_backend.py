@@ -12,7 +12,13 @@ from torch import Tensor
 from ..errors import ArgumentError, BackendUnavailable
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
-TRITON_OPS = ("memory_read", "neural_memory", "momentum_scan", "aligned_residual_read")
+TRITON_OPS = (
+    "memory_read",
+    "memory_update",
+    "neural_memory",
+    "momentum_scan",
+    "aligned_residual_read",
+)
 
 
 def resolve(backend: str, op: str, device: torch.device, triton_limit: str | None = None) -> str:
