@@ -10,14 +10,18 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """Tokens of all rows laid on ``[N, chunks · size]`` slots, each row shifted by its position."""
+    """Tokens of all rows laid on ``[N, chunks · size]`` slots, each row shifted by its position.
+
+    Rows and heads stand in one dimension ``G = N · H`` of everything that is packed.
+    """
 
     slot: Tensor | None  # [B·T] int64, of each token; None: token i is in slot i
     rows: int
+    heads: int
     chunks: int
     size: int
-    mask: Tensor  # [chunks, N, size] bool, slot holds a token
-    opens: list[Tensor | None]  # per chunk [N] bool: the row starts a chunk here; None: every row
+    mask: Tensor | None  # [chunks, G, size] bool, slot holds a token; None: every slot does
+    opens: list[Tensor | None]  # per chunk [G] bool: the row starts a chunk here; None: every row
     position: Tensor  # [N] int64, after the last token
     gate_index: Tensor  # [chunks, N] int64, the row's chunk gate in the flattened [B·NC]
 
@@ -29,7 +33,7 @@ class Grid(NamedTuple):
         position: Tensor | None,
         chunk_size: int | None,
     ) -> Grid:
-        """The grid of tokens ``x`` ``[B, T, ...]`` in the rows ``bounds``."""
+        """The grid of tokens ``x`` ``[B, T, H, ...]`` in the rows ``bounds``."""
         counted = [end - begin for _, begin, end in bounds]
         lengths = torch.tensor(counted, dtype=torch.int64, device=x.device)
         start = torch.zeros_like(lengths) if position is None else position
@@ -40,38 +44,46 @@ class Grid(NamedTuple):
         slot = (
             None if all(n == chunks * size for n in counted) else filled.flatten().nonzero()[:, 0]
         )
-        mask = filled.view(len(bounds), chunks, size).transpose(0, 1)
         counts = torch.clamp(-(-lengths // size), min=1)
         chunk = torch.arange(chunks, device=x.device).unsqueeze(1)
         gate_index = (counts.cumsum(0) - counts) + torch.minimum(chunk, counts - 1)
-        whole_rows = position is None and bool((lengths == lengths[:1]).all())
-        opens: list[Tensor | None] = [None] * chunks
-        if not whole_rows:
-            opens = [m.any(-1) & ((start == 0) | (c > 0)) for c, m in enumerate(mask)]
+        heads = x.shape[2]
+        mask, opens = None, list[Tensor | None]([None] * chunks)
+        if slot is not None:
+            mask = filled.view(len(bounds), chunks, size).transpose(0, 1)
+            whole_rows = position is None and bool((lengths == lengths[:1]).all())
+            if not whole_rows:
+                starts = [m.any(-1) & ((start == 0) | (c > 0)) for c, m in enumerate(mask)]
+                opens = [s.repeat_interleave(heads) for s in starts]
+            mask = mask.repeat_interleave(heads, 1)
         end = (start + lengths) % size
-        return cls(slot, len(bounds), chunks, size, mask, opens, end, gate_index)
+        return cls(slot, len(bounds), heads, chunks, size, mask, opens, end, gate_index)
 
     def pack(self, x: Tensor) -> Tensor:
-        """``[B, T, H, ...]`` to ``[chunks, N, H, size, ...]``, zero where there is no token."""
+        """``[B, T, H, ...]`` to ``[chunks, G, size, ...]``, zero where there is no token."""
         x = x.flatten(0, 1)
         if self.slot is not None:
             empty = x.new_zeros(self.rows * self.chunks * self.size, *x.shape[1:])
             x = empty.index_copy(0, self.slot, x)
         grid = x.view(self.rows, self.chunks, self.size, *x.shape[1:])
-        return grid.transpose(0, 1).transpose(2, 3).contiguous()
+        return grid.transpose(0, 1).transpose(2, 3).contiguous().flatten(1, 2)
 
     def pack_chunk_gate(self, gate: Tensor) -> Tensor:
-        """``[B, NC, H]`` to ``[chunks, N, H]``."""
-        return gate.flatten(0, 1)[self.gate_index]
+        """``[B, NC, H]`` to ``[chunks, G]``."""
+        return gate.flatten(0, 1)[self.gate_index].flatten(1)
 
     def unpack(self, chunks: list[Tensor], like: Tensor) -> Tensor:
-        """The inverse of :meth:`pack`, with the shape and dtype of ``like``."""
+        """The inverse of :meth:`pack`, with the shape and dtype of ``like``; a new tensor."""
         if not chunks:
             return torch.zeros_like(like)
-        x = torch.stack(chunks).transpose(2, 3).transpose(0, 1).flatten(0, 2)
+        x = torch.cat([self.per_row(chunk).transpose(1, 2) for chunk in chunks], 1)
         if self.slot is not None:
-            x = x[self.slot]
-        return x.view(like.shape).to(like.dtype)
+            x = x.flatten(0, 1)[self.slot]
+        return x.reshape(like.shape).to(like.dtype)
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """``[G, ...]`` to ``[N, H, ...]``."""
+        return x.view(self.rows, self.heads, *x.shape[1:])
 
 
 def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:

@@ -81,6 +81,8 @@ class ReadParams(NamedTuple):
 
 
 Weights: TypeAlias = tuple[Tensor, ...]  # one tensor per layer
+# weights, momentum and anchor, rows and heads in one dimension G = N · H
+_Folded: TypeAlias = tuple[Weights, Weights, Weights]
 # of one chunk: weights and momentum after it, surprise, and the output if there is one
 _Advanced: TypeAlias = tuple[Weights, Weights, Tensor, tuple[Tensor, ...]]
 
@@ -264,18 +266,20 @@ def neural_memory(
     ``q=None`` writes only, as :func:`mal_kernels.ops.memory_update` does; ``output`` is then empty.
     """
     memory = _Memory(activation, residual_norm, max_grad_norm, step)
-    dtype, (weights, trace, anchor, _) = state.weights[0].dtype, state
+    dtype = state.weights[0].dtype
     grid = Grid.of(k, bounds_of(k, cu_seqlens), state.position, chunk_size)
     chunks = _Chunks.of(grid, memory, dtype, q, k, v, lr, momentum, decay)
+    weights, trace, anchor = state_at = _folded(state)
     outputs: list[Tensor] = []
     surprises: list[Tensor] = []
-    for start, result in _walk(grid, memory, state, tuple(init or ()), chunks):
+    for start, result in _walk(grid, memory, state_at, _fold(init or ()), chunks):
         anchor, (weights, trace, surprise, output) = start[2], result
         surprises.append(surprise)
         outputs += output
+    weights, trace, anchor = (tuple(map(grid.per_row, x)) for x in (weights, trace, anchor))
     new = MemoryState(weights, trace)
     if keeps_position(k.shape[1], state.position, cu_seqlens, chunk_size, step):
-        new = new._replace(anchor=anchor or weights, position=grid.position)
+        new = new._replace(anchor=anchor, position=grid.position)
     y = k.new_empty(0) if q is None else grid.unpack(outputs, q)
     return NeuralMemoryOutput(y, new, grid.unpack(surprises, lr.to(dtype)))
 
@@ -309,7 +313,7 @@ def neural_memory_backward(
         ``init``, those left out that are absent.
     """
     memory = _Memory(activation, residual_norm, max_grad_norm, step)
-    dtype, init = state.weights[0].dtype, tuple(init or ())
+    dtype, target = state.weights[0].dtype, _fold(init or ())
     grid = Grid.of(k, bounds_of(k, cu_seqlens), state.position, chunk_size)
     inputs = (q, k, v, lr, momentum, decay)
 
@@ -319,17 +323,19 @@ def neural_memory_backward(
         return _Chunks.of(grid, memory, dtype, *every)
 
     chunks, prepare_vjp = torch.func.vjp(prepare, *(x for x in inputs if x is not None))[:2]
-    starts = [start for start, _ in _walk(grid, memory, state, init, chunks.without_queries())]
+    walk = _walk(grid, memory, _folded(state), target, chunks.without_queries())
+    starts = [start for start, _ in walk]
 
-    zeros = tuple(torch.zeros_like(w) for w in state.weights)
-    d_weights, d_trace, d_anchor = (*grads.state[:2], grads.state.anchor or zeros)
-    d_init = tuple(torch.zeros_like(w) for w in init)
+    d_weights, d_trace = (_fold(x) for x in grads.state[:2])
+    zeros = tuple(map(torch.zeros_like, d_weights))
+    d_anchor = _fold(grads.state.anchor or ()) or zeros
+    d_init = tuple(map(torch.zeros_like, target))
     d_surprise = grid.pack(grads.surprise.to(dtype))
     d_output = [] if q is None else [grid.pack(grads.output.to(dtype))]
     d_chunks: list[list[Any]] = []
-    for c in reversed(range(grid.chunks)):
+    for c, chunk in reversed(list(enumerate(chunks.each()))):
         advance = functools.partial(_advance, memory)
-        vjp = torch.func.vjp(advance, *starts[c], init, *chunks.at(c))[1]
+        vjp = torch.func.vjp(advance, *starts[c], target, *chunk)[1]
         d_result = (d_weights, d_trace, d_surprise[c], tuple(d[c] for d in d_output))
         d_weights, d_trace, d_a, d_i, *d_chunk = vjp(d_result)
         d_chunks.insert(0, d_chunk)
@@ -342,7 +348,7 @@ def neural_memory_backward(
     if state.anchor is None:
         d_weights, d_anchor = _add(d_weights, d_anchor), ()
     d_inputs = prepare_vjp(chunks.stacked(d_chunks))
-    return [*d_inputs, *d_weights, *d_trace, *d_anchor, *d_init]
+    return [*d_inputs, *map(grid.per_row, (*d_weights, *d_trace, *d_anchor, *d_init))]
 
 
 def keeps_position(
@@ -361,7 +367,7 @@ def keeps_position(
 class _Chunks(NamedTuple):
     """All chunks of a call; the first dimension of every tensor counts them."""
 
-    tokens: tuple[Tensor, ...]  # k, v, and q if it reads, [chunks, N, H, C, D]
+    tokens: tuple[Tensor, ...]  # k, v, and q if it reads, [chunks, G, C, D]
     coefficients: _TokenSteps | _ChunkStep
 
     @classmethod
@@ -386,16 +392,18 @@ class _Chunks(NamedTuple):
             return cls(tokens, _TokenSteps.of(theta, eta, alpha, grid.mask, every=q is not None))
         return cls(tokens, _ChunkStep.of(theta, eta, alpha, grid.mask))
 
-    def at(self, c: int) -> tuple[tuple[Tensor, ...], _TokenSteps | _ChunkStep]:
-        """Tokens and coefficients of chunk ``c``."""
-        return tuple(x[c] for x in self.tokens), self.coefficients.at(c)
+    def each(self) -> Iterator[tuple[tuple[Tensor, ...], _TokenSteps | _ChunkStep]]:
+        """Tokens and coefficients of one chunk after the other."""
+        tokens = zip(*(x.unbind() for x in self.tokens), strict=True)
+        coefficients = zip(*(x.unbind() for x in self.coefficients), strict=True)
+        return zip(tokens, map(type(self.coefficients)._make, coefficients), strict=True)
 
     def without_queries(self) -> _Chunks:
         """The same for a walk that only writes."""
         return self._replace(tokens=self.tokens[:2])
 
     def stacked(self, parts: Sequence[Sequence[Any]]) -> _Chunks:
-        """The inverse of :meth:`at` for every chunk."""
+        """The inverse of :meth:`each`."""
 
         def stack(whole: Sequence[Tensor], parts: list[Sequence[Tensor]]) -> list[Tensor]:
             if not parts:
@@ -408,15 +416,14 @@ class _Chunks(NamedTuple):
 
 
 def _walk(
-    grid: Grid, memory: _Memory, state: MemoryState, init: tuple[Tensor, ...], chunks: _Chunks
-) -> Iterator[tuple[tuple[Weights, Weights, Weights], _Advanced]]:
+    grid: Grid, memory: _Memory, state: _Folded, init: Weights, chunks: _Chunks
+) -> Iterator[tuple[_Folded, _Advanced]]:
     """Weights, momentum and anchor at the start of every chunk, and the result of the chunk."""
-    weights, trace, anchor = state.weights, state.momentum, state.anchor or state.weights
-    for c in range(grid.chunks):
-        opens = grid.opens[c]
+    weights, trace, anchor = state
+    for opens, chunk in zip(grid.opens, chunks.each(), strict=True):
         anchor = weights if opens is None else _where(opens, weights, anchor)
         start = (weights, trace, anchor)
-        result = _advance(memory, *start, init, *chunks.at(c))
+        result = _advance(memory, *start, init, *chunk)
         weights, trace = result[:2]
         yield start, result
 
@@ -444,7 +451,7 @@ def _advance(
 def _gradient_factors(
     anchor: Sequence[Tensor], k: Tensor, v: Tensor, memory: _Memory
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """``x_s`` and ``δ_s`` of every layer with ``g_s = x_s ⊗ δ_s``, and the surprise ``[N, H, C]``.
+    """``x_s`` and ``δ_s`` of every layer with ``g_s = x_s ⊗ δ_s``, and the surprise ``[G, C]``.
 
     With ``residual_norm`` the gradient of γ, a plain vector, stands last among the ``δ``.
     """
@@ -489,26 +496,28 @@ def _clip(xs: Sequence[Tensor], deltas: list[Tensor], max_norm: float | None) ->
 class _TokenSteps(NamedTuple):
     """Rows ``t`` of the closed form: ``R = C`` of them where tokens read, else the last alone."""
 
-    w: Tensor  # [N, H, R, C], w_ts θ_s
-    beta: Tensor  # [N, H, R]
-    f: Tensor  # [N, H, R]
-    e_last: Tensor  # [N, H, C], E_Cs θ_s
-    e0_last: Tensor  # [N, H]
+    w: Tensor  # [G, R, C], w_ts θ_s
+    beta: Tensor  # [G, R]
+    f: Tensor  # [G, R]
+    e_last: Tensor  # [G, C], E_Cs θ_s
+    e0_last: Tensor  # [G]
 
     @classmethod
     def of(
-        cls, lr: Tensor, momentum: Tensor, decay: Tensor, mask: Tensor, *, every: bool
+        cls, lr: Tensor, momentum: Tensor, decay: Tensor, mask: Tensor | None, *, every: bool
     ) -> _TokenSteps:
-        """From gates ``[..., N, H, C]``.
+        """From gates ``[..., C]``.
 
-        Where ``mask`` ``[..., N, C]`` is False no token stands: that slot neither decays nor adds S
-        to W.
+        Where ``mask`` ``[..., C]`` is False no token stands: that slot neither decays nor adds S to
+        W.
         """
-        mask = mask.unsqueeze(-2)
-        eta = torch.where(mask, momentum, 1.0)
-        a = torch.where(mask, 1 - decay, 1.0)
+        eta, a = momentum, 1 - decay
+        if mask is not None:
+            eta, a = (torch.where(mask, gate, 1.0) for gate in (eta, a))
         rows = slice(None) if every else slice(-1, None)
-        decays = (_segment_products(a) * mask.unsqueeze(-2))[..., rows, :]
+        decays = _segment_products(a)[..., rows, :]
+        if mask is not None:
+            decays = decays * mask.unsqueeze(-2)
         momenta = _segment_products(eta)
         e0 = eta.cumprod(-1)
         f = (decays @ e0.unsqueeze(-1)).squeeze(-1)
@@ -516,52 +525,49 @@ class _TokenSteps(NamedTuple):
         w, e_last = (decays @ momenta) * lr.unsqueeze(-2), momenta[..., -1, :] * lr
         return cls(w, beta, f, e_last, e0[..., -1])
 
-    def at(self, c: int) -> _TokenSteps:
-        """Those of chunk ``c``."""
-        return _TokenSteps._make(x[c] for x in self)
-
     def after_the_last(self) -> tuple[Tensor, Tensor, Tensor]:
-        """β, f and ε ``[N, H]`` of the chunk's last token."""
+        """β, f and ε ``[G]`` of the chunk's last token."""
         return self.beta[..., -1], self.f[..., -1], self.e0_last
 
-    def gradients(self, x: Tensor | None, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """``Σ_s w_Cs θ_s x_s ⊗ δ_s``, and with ``E`` for ``w``; ``x=None``: ``δ_s`` alone."""
-        scales = (self.w[..., -1, :].unsqueeze(-1), self.e_last.unsqueeze(-1))  # [N, H, C, 1]
+    def descend(
+        self, w: Tensor, s: Tensor, x: Tensor | None, delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``w − Σ_s w_Cs θ_s x_s ⊗ δ_s``, and s with ``E``; ``x=None``: of ``δ_s`` alone."""
+        of_w, of_s = (rate.unsqueeze(-1) for rate in (self.w[..., -1, :], self.e_last))
         if x is None:
-            of_w, of_s = ((c * delta).sum(-2) for c in scales)
-        else:
-            of_w, of_s = ((c * x).mT @ delta for c in scales)
-        return of_w, of_s
+            return w - (of_w * delta).sum(-2), s - (of_s * delta).sum(-2)
+        new_w = torch.baddbmm(w, (of_w * x).mT, delta, alpha=-1)
+        return new_w, torch.baddbmm(s, (of_s * x).mT, delta, alpha=-1)
 
 
 class _ChunkStep(NamedTuple):
     """One step for the whole chunk: ``w = E = 1``, ``β = 1 − α``, ``f = ε = η``."""
 
-    lr: Tensor  # [N, H, C], 0 where no token stands
-    beta: Tensor  # [N, H]
-    f: Tensor  # [N, H]
-    e0_last: Tensor  # [N, H]
+    lr: Tensor  # [G, C], 0 where no token stands
+    beta: Tensor  # [G]
+    f: Tensor  # [G]
+    e0_last: Tensor  # [G]
 
     @classmethod
-    def of(cls, lr: Tensor, momentum: Tensor, decay: Tensor, mask: Tensor) -> _ChunkStep:
-        """From gates ``[..., N, H]``; a row without tokens in the chunk keeps its state."""
-        active = mask.any(-1, keepdim=True)
+    def of(cls, lr: Tensor, momentum: Tensor, decay: Tensor, mask: Tensor | None) -> _ChunkStep:
+        """From gates ``[...]``; a row without tokens in the chunk keeps its state."""
+        if mask is None:
+            return cls(lr, 1 - decay, momentum, momentum)
+        active = mask.any(-1)
         gates = ((1 - decay, 1.0), (momentum, 0.0), (momentum, 1.0))
         return cls(lr, *(torch.where(active, gate, idle) for gate, idle in gates))
 
-    def at(self, c: int) -> _ChunkStep:
-        """Those of chunk ``c``."""
-        return _ChunkStep._make(x[c] for x in self)
-
     def after_the_last(self) -> tuple[Tensor, Tensor, Tensor]:
-        """β, f and ε ``[N, H]``."""
+        """β, f and ε ``[G]``."""
         return self[1:]
 
-    def gradients(self, x: Tensor | None, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """``Σ_s θ_s x_s ⊗ δ_s`` twice, for the weights and for the momentum."""
+    def descend(
+        self, w: Tensor, s: Tensor, x: Tensor | None, delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``w − Σ_s θ_s x_s ⊗ δ_s``, and s less the same; ``x=None``: of ``δ_s`` alone."""
         delta = self.lr.unsqueeze(-1) * delta
         total = delta.sum(-2) if x is None else x.mT @ delta
-        return total, total
+        return w - total, s - total
 
 
 def _segment_products(gate: Tensor) -> Tensor:
@@ -580,15 +586,16 @@ def _write(
     c: _TokenSteps | _ChunkStep,
 ) -> tuple[Weights, Weights]:
     """The closed form at the last token: new weights and new momentum."""
-    beta, f, e0 = c.after_the_last()
+    gates = c.after_the_last()
     new_weights, new_trace = [], []
     for i, (w, s, delta) in enumerate(zip(weights, trace, deltas, strict=True)):
-        of_w, of_s = c.gradients(xs[i] if i < len(xs) else None, delta)
-        new = torch.addcmul(_per_head(beta, w) * w - of_w, _per_head(f, s), s)
+        beta, f, e0 = (_per_head(gate, w) for gate in gates)
+        kept = torch.addcmul(beta * w, f, s)
         if init:
-            new = new + _per_head(1 - beta, w) * init[i]
-        new_weights.append(new)
-        new_trace.append(_per_head(e0, s) * s - of_s)
+            kept = torch.addcmul(kept, 1 - beta, init[i])
+        w, s = c.descend(kept, e0 * s, xs[i] if i < len(xs) else None, delta)
+        new_weights.append(w)
+        new_trace.append(s)
     return tuple(new_weights), tuple(new_trace)
 
 
@@ -608,8 +615,10 @@ def _read_inside(
 
     def layer(i: int, h: Tensor) -> Tensor:
         """``h_t`` times the weights of layer ``i`` at token t."""
-        z = beta * (h @ weights[i]) + f * (h @ trace[i]) - (c.w * (h @ xs[i].mT)) @ deltas[i]
-        return z + (1 - beta) * (h @ init[i]) if init else z
+        z = torch.addcmul(beta * (h @ weights[i]), f, h @ trace[i])
+        if init:
+            z = torch.addcmul(z, 1 - beta, h @ init[i])
+        return torch.baddbmm(z, c.w * (h @ xs[i].mT), deltas[i], alpha=-1)
 
     z = layer(0, q)
     for i in range(1, len(xs)):
@@ -684,9 +693,9 @@ def memory_read(
         y = memory_network(state.weights, x.transpose(1, 2), activation, residual_norm)
         return y.transpose(1, 2).to(q.dtype)
     grid = Grid.of(q, bounds_of(q, cu_seqlens), None, None)
-    packed = grid.pack(x)
+    weights = _fold(state.weights)
     return grid.unpack(
-        [memory_network(state.weights, p, activation, residual_norm) for p in packed], q
+        [memory_network(weights, p, activation, residual_norm) for p in grid.pack(x)], q
     )
 
 
@@ -739,12 +748,21 @@ def _none_to_zero(
     return [zero if g is None else g for g in (momentum, decay)]
 
 
+def _folded(state: MemoryState) -> _Folded:
+    return _fold(state.weights), _fold(state.momentum), _fold(state.anchor or state.weights)
+
+
+def _fold(layers: Sequence[Tensor]) -> Weights:
+    """``[N, H, ...]`` to ``[G, ...]``."""
+    return tuple(w.flatten(0, 1) for w in layers)
+
+
 def _add(a: Weights, b: Weights) -> Weights:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _where(rows: Tensor, a: Weights, b: Weights) -> Weights:
-    """Row-wise choice between two lists of weights; ``rows`` ``[N]`` bool."""
+    """Row-wise choice between two lists of weights; ``rows`` ``[G]`` bool."""
     pairs = zip(a, b, strict=True)
     return tuple(torch.where(rows.view(-1, *(1,) * (x.ndim - 1)), x, y) for x, y in pairs)
 

@@ -83,8 +83,11 @@ def _forward(
             cu_seqlens=cu_seqlens,
         )
     offset = k.new_empty(0, dtype=torch.int64) if new.position is None else new.position
-    weights, trace, anchor = ([fresh(w) for w in x] for x in (*new[:2], new.anchor or ()))
-    return fresh(output), fresh(surprise), weights, trace, anchor, offset
+    # the anchor may be the given weights, and so may the weights if nothing was written
+    copy = fresh if k.shape[1] == 0 else Tensor.contiguous
+    weights, trace = ([copy(w) for w in x] for x in new[:2])
+    anchor = [fresh(w) for w in new.anchor or ()]
+    return output.contiguous(), surprise.contiguous(), weights, trace, anchor, offset
 
 
 @_forward.register_fake
