@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A file of tests stays in one process: its fixtures and compiled kernels are made once.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test lint clean
 
@@ -11,8 +13,8 @@ demo: $(VENV)/demo.stamp
 
 # Triton reads TRITON_INTERPRET when a kernel is defined: its tests need a process of their own.
 test: lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(wildcard tests/test_interpreter.py tests/test_triton_*.py)
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/test_interpreter.py tests/test_triton_*.py)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check

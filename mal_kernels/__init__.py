@@ -11,6 +11,7 @@ from .errors import (
     CheckpointError,
     HostError,
     MALError,
+    StoreError,
 )
 from .hosts import HostSpec, register_host
 from .memory import NeuralMemory
@@ -32,6 +33,7 @@ __all__ = [
     "MALError",
     "MemoryState",
     "NeuralMemory",
+    "StoreError",
     "TurnReport",
     "ops",
     "register_host",

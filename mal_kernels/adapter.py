@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import check_tensors, find_file, model_card, read_json, read_tensors, write_tensors
+from .checkpoint import find_file, model_card, read_json, read_tensors, write_tensors
 from .config import MALConfig
 from .dialogue import Dialogue, DialogueStore
 from .errors import ArgumentError, CheckpointError, HostError
@@ -24,6 +26,19 @@ from .state import MemoryState
 from .turn import Turn, TurnReport
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+
+class _Scope(NamedTuple):
+    """What the context managers of an adapter say about the calls made within them."""
+
+    dialogue: Dialogue | None = None
+    mask: Tensor | None = None
+    enabled: bool = True
+
+
+NO_SCOPE = _Scope()
+# of every adapter that has one, in this thread or asyncio task
+_SCOPES: ContextVar[Mapping[MALAdapter, _Scope] | None] = ContextVar("scopes", default=None)
 
 
 class _Attachment(NamedTuple):
@@ -39,7 +54,10 @@ class MALAdapter(nn.Module):
 
     The adapter is never part of the host: through hooks it reads its memory into the hidden states
     of the audio tokens, and writes each turn once, when the call that heard it has succeeded. Until
-    it is trained the host's output does not change by a bit. One thread uses an adapter at a time.
+    it is trained the host's output does not change by a bit.
+
+    Threads and asyncio tasks can share an adapter: each has its own open dialogue and its own turn.
+    Whether the host itself can run in several threads at once is for the host to say.
 
     Args:
         config: see :class:`MALConfig`; its defaults if ``None``.
@@ -48,7 +66,8 @@ class MALAdapter(nn.Module):
         config: a copy of ``config``, completed by :meth:`attach`.
         memory: the :class:`NeuralMemory`; ``None`` until the width of the host is known.
         dialogues: the :class:`DialogueStore`.
-        last_turn: a :class:`TurnReport` on the last turn, or ``None``.
+        last_turn: a :class:`TurnReport` on the last turn of any thread, or ``None``;
+            ``Dialogue.last_turn`` is on that of one dialogue.
 
     Example:
         >>> from mal_kernels import MALAdapter, MALConfig
@@ -70,10 +89,13 @@ class MALAdapter(nn.Module):
             self.memory = self._new_memory(self.config.hidden_size)
         self.dialogues = DialogueStore(self.config, self._initial_state)
         self.last_turn: TurnReport | None = None
-        self._enabled = True
-        self._dialogue: Dialogue | None = None
-        self._mask: Tensor | None = None
-        self._turn: Turn | None = None
+        # by thread, which a call of the host never leaves: turns of a generate that is under way,
+        # and of a forward call with audio that is
+        self._generating: dict[int, Turn] = {}
+        self._listening: dict[int, Turn] = {}
+        # of all threads and tasks
+        self._open_dialogues: dict[object, _Scope] = {}
+        self._open_masks: dict[object, _Scope] = {}
         self._attachment: _Attachment | None = None
 
     def _new_memory(self, hidden_size: int) -> NeuralMemory:
@@ -125,7 +147,7 @@ class MALAdapter(nn.Module):
             self.memory = self._new_memory(host.hidden_size)
         self.config.hidden_size = host.hidden_size
         if self.config.base_model_name_or_path is None:
-            config: Any = host.whole.config
+            config = getattr(host.whole, "config", None)
             self.config.base_model_name_or_path = getattr(config, "_name_or_path", None) or None
         device = next(site.parameters()).device
         if device.type != "meta":  # offloaded weights have no device of their own
@@ -156,14 +178,17 @@ class MALAdapter(nn.Module):
             model.register_forward_pre_hook(self._before_host, with_kwargs=True),
             model.register_forward_hook(self._after_host),
         ]
-        if self.config.site == "embeds" and not host.spec.encoder:
-            handles += [site.register_forward_pre_hook(self._at_embeds, with_kwargs=True)]
-        else:
+        if host.projector is not None or (self.config.site == "embeds" and not host.spec.encoder):
+            embeds = host.site("embeds")
+            handles += [embeds.register_forward_pre_hook(self._at_embeds, with_kwargs=True)]
+        if self.config.site != "embeds" or host.spec.encoder:
             at_output = self._at_encoder if host.spec.encoder else self._at_layer
             # before any hook of transformers that records hidden states
             handles += [site.register_forward_hook(at_output, prepend=True)]
         for handle in handles:
             undo.callback(handle.remove)
+        if host.projector is not None:
+            self._watch(host.projector, undo)
         if hasattr(model, "generate"):
             self._wrap_generate(host, undo)
 
@@ -176,102 +201,199 @@ class MALAdapter(nn.Module):
         if self._attachment is None:
             raise HostError("this adapter is not attached; call attach(model) first.")
         self._attachment.undo.close()
-        self._attachment = self._turn = None
+        self._attachment = None
 
     # --- hooks ------------------------------------------------------------------------------------
-    # They decide by Python facts only, and a decode step leaves at the first of them: a compiled
-    # decode step has no graph break and no recompilation because of them.
+    # They decide by Python facts, and a decode step leaves at the first of them: a compiled decode
+    # step has no graph break and no recompilation because of them. What belongs to a thread is
+    # looked up outside of compiled code, which would keep what it saw the first time.
 
     def _before_host(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        attachment, turn = self._attachment, self._turn
-        if turn is not None and not turn.generating:
-            self._turn = turn = None  # left behind by a forward call that failed
-        if not self._enabled or attachment is None:
-            return
-        host, mask = attachment.host, self._mask
-        inputs = host.arguments(args, kwargs)
+        if self._attachment is not None:
+            host = self._attachment.host
+            inputs = host.arguments(args, kwargs)
+            if self._listening or self._may_hear(host, inputs):
+                self._eagerly(self._begin, self._attachment, inputs)
+
+    def _may_hear(self, host: Host, inputs: Mapping[str, Any]) -> bool:
+        if host.projector is not None:
+            return True  # which is known when its projector runs
         shape = host.shape(inputs)
         if shape is not None and shape[1] == 1 and not host.spec.streaming:
+            return False
+        return host.carries_audio(inputs) or bool(self._open_masks)
+
+    def _begin(self, attachment: _Attachment, inputs: Mapping[str, Any]) -> None:
+        me, scope, host = get_ident(), self._scope(), attachment.host
+        self._listening.pop(me, None)  # left behind by a call that failed
+        if not scope.enabled or not self._may_hear(host, inputs):
             return
+        turn = self._generating.get(me)
         # a mask is that of the prompt, which is the first call in generate
-        listens = host.carries_audio(inputs) if mask is None else not (turn and turn.rounds)
-        if not listens:
+        heard = turn is not None and turn.rounds
+        if host.projector is None and not (
+            host.carries_audio(inputs) if scope.mask is None else not heard
+        ):
             return
         host.checkpoint_never(attachment.site)
-        self._turn = turn or Turn(self._memory(), self._dialogue)
-        if not host.spec.encoder:
-            self._eagerly(self._turn.hear, host, inputs, mask)
+        turn = turn or self._new_turn(scope, inputs)
+        if not host.spec.encoder and host.projector is None:
+            turn.hear(host, host.prompted(inputs, turn.given), scope.mask)
+        self._listening[me] = turn
+
+    def _new_turn(
+        self,
+        scope: _Scope,
+        given: Mapping[str, Any],
+        batch: int | None = None,
+        generating: bool = False,
+    ) -> Turn:
+        if scope.dialogue is None and self._open_dialogues:
+            raise ArgumentError(
+                "no dialogue() is open in this thread or asyncio task, but one is in another: the "
+                "turn would be lost. Open it where the host is called, or run the call in a "
+                "contextvars.copy_context(), as asyncio.to_thread does."
+            )
+        return Turn(
+            self._memory(),
+            scope.dialogue,
+            given,
+            batch,
+            generating=generating,
+            max_state_norm=self.config.max_state_norm,
+        )
 
     def _at_embeds(
         self, site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        attachment, turn = self._attachment, self._expecting()
-        if attachment is None or turn is None:
+        if self._attachment is None or not self._listening:
             return None
-        return attachment.host.edit_input(args, kwargs, partial(self._eagerly, turn.inject))
+        host = self._attachment.host
+        edit = self._inject
+        if host.projector is not None:
+            edit = partial(self._find, host, kwargs.get("attention_mask"))
+        return host.edit_input(args, kwargs, partial(self._eagerly, edit))
 
     def _at_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        attachment, turn = self._attachment, self._expecting()
-        if attachment is None or turn is None:
+        if self._attachment is None or not self._listening:
             return None
-        return attachment.host.edit_output(output, partial(self._eagerly, turn.inject))
+        return self._attachment.host.edit_output(output, partial(self._eagerly, self._inject))
+
+    def _inject(self, hidden: Tensor) -> Tensor:
+        me = get_ident()
+        turn = self._listening.get(me)
+        if turn is None or turn.waiting is None:
+            return hidden
+        hidden = turn.inject(hidden)
+        if turn.generating:
+            self._listening.pop(me)  # until the next call with audio
+        return hidden
+
+    def _find(self, host: Host, attention: Any, embeds: Tensor) -> Tensor:
+        turn = self._listening.get(get_ident())
+        if turn is not None and turn.projected:
+            turn.find(host, embeds, attention)
+        return self._inject(embeds) if self.config.site == "embeds" else embeds
+
+    def _project(self, output: Tensor) -> None:
+        turn = self._current()
+        if turn is not None:
+            turn.projected.append(output)
+            self._listening[get_ident()] = turn
+
+    def _current(self) -> Turn | None:
+        """The turn of this thread; ``generate`` may run parts of the model without the whole."""
+        me = get_ident()
+        turn = self._listening.get(me) or self._generating.get(me)
+        return turn if self._scope().enabled else None
 
     def _at_encoder(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._attachment is None or not (self._listening or self._generating):
+            return None
+        return self._eagerly(self._hear_encoder, self._attachment.host, output)
+
+    def _hear_encoder(self, host: Host, output: Any) -> Any:
         # generate runs the encoder before the model, which does not get to see the audio
-        attachment, turn = self._attachment, self._turn if self._enabled else None
-        if attachment is None or turn is None:
+        turn = self._current()
+        if turn is None:
             return None
         if turn.rounds:
             raise HostError(
                 "the encoder ran again in one call, as for audio longer than its window or for "
                 "another temperature; pass one window and one temperature in each call."
             )
-        self._eagerly(turn.hear, attachment.host, *attachment.host.encoded(output))
-        return attachment.host.edit_output(output, partial(self._eagerly, turn.inject))
-
-    def _expecting(self) -> Turn | None:
-        """The turn that the hidden states at the site belong to, if their call has audio."""
-        turn = self._turn if self._enabled else None
-        return None if turn is None or turn.waiting is None else turn
+        turn.hear(host, *host.encoded(output, turn.given))
+        return host.edit_output(output, turn.inject)
 
     def _after_host(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        turn = self._turn
-        if turn is not None and not turn.generating:
-            self._turn = None
-            self.last_turn = self._eagerly(turn.commit) or self.last_turn
+        if self._listening:
+            self._eagerly(self._end)
+
+    def _end(self) -> None:
+        me = get_ident()
+        turn = self._listening.pop(me, None)
+        if turn is not None and me not in self._generating:
+            self.last_turn = turn.commit() or self.last_turn
 
     def _wrap_generate(self, host: Host, undo: ExitStack) -> None:
-        model: Any = host.model
-        own, generate = model.__dict__.get("generate"), model.generate
+        generate: Any = host.model.generate
 
         @wraps(generate)
         def generate_one_turn(*args: Any, **kwargs: Any) -> Any:
-            inside = self._turn is not None and self._turn.generating
-            if not self._enabled or self._attachment is None or inside:
+            me, scope = get_ident(), self._scope()
+            if not scope.enabled or self._attachment is None or me in self._generating:
                 return generate(*args, **kwargs)
-            names = ("inputs", "input_ids", "inputs_embeds", *host.spec.audio_inputs)
-            given = [*args[:1], *map(kwargs.get, names)]
-            batch = next((len(x) for x in given if hasattr(x, "__len__")), None)
-            turn = self._turn = Turn(self._memory(), self._dialogue, batch, generating=True)
+            given = host.arguments(args, kwargs, generate)
+            turn = self._new_turn(scope, given, host.batch(given), generating=True)
+            self._listening.pop(me, None)  # left behind by a call that failed
+            self._generating[me] = turn
             try:
                 output = generate(*args, **kwargs)
                 with torch.no_grad():
                     self.last_turn = turn.commit() or self.last_turn
             finally:
-                self._turn = None
+                self._generating.pop(me)
+                self._listening.pop(me, None)
             return output
 
-        def restore() -> None:
-            if model.__dict__.get("generate") is generate_one_turn:
-                del model.generate
-                if own is not None:
-                    model.generate = own
-
         generate_one_turn.mal_adapter = self  # type: ignore[attr-defined]
-        model.generate = generate_one_turn
-        undo.callback(restore)
+        undo.callback(_replace(host.model, "generate", generate_one_turn))
+
+    def _watch(self, projector: nn.Module, undo: ExitStack) -> None:
+        forward = projector.forward
+
+        @wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            if self._listening or self._generating:
+                self._eagerly(self._project, output)
+            return output
+
+        # not a hook: some hosts call the forward of their projector, which passes hooks by
+        undo.callback(_replace(projector, "forward", watched))
 
     # --- dialogues --------------------------------------------------------------------------------
+
+    def _scope(self) -> _Scope:
+        return (_SCOPES.get() or {}).get(self, NO_SCOPE)
+
+    @contextmanager
+    def _within(self, register: dict[object, _Scope] | None = None, **says: Any) -> Iterator[None]:
+        outer, key = self._scope(), object()
+        scope = outer._replace(**says)
+        if register is not None:
+            register[key] = scope
+        _SCOPES.set({**(_SCOPES.get() or {}), self: scope})
+        try:
+            yield
+        finally:
+            others = {
+                adapter: x for adapter, x in (_SCOPES.get() or {}).items() if adapter is not self
+            }
+            # without an entry that would keep the adapter alive
+            _SCOPES.set(others if outer is NO_SCOPE else {**others, self: outer})
+            if register is not None:
+                del register[key]
 
     @contextmanager
     def dialogue(
@@ -290,15 +412,16 @@ class MALAdapter(nn.Module):
                 dialogue, which their turns read; turns write it and the one that all share. With
                 ``None`` a turn reads and writes the shared one.
 
+        The context is that of the thread or asyncio task that opens it. A call of the host in
+        another thread, as for a streamer, belongs to the dialogue if it runs in a
+        ``contextvars.copy_context()``; if it has no dialogue while one is open it is refused.
+
         Raises:
             ArgumentError: see :class:`Dialogue`.
         """
-        outer = self._dialogue
-        self._dialogue = Dialogue(self.dialogues, ids, speaker)
-        try:
-            yield self._dialogue
-        finally:
-            self._dialogue = outer
+        dialogue = Dialogue(self.dialogues, ids, speaker)
+        with self._within(self._open_dialogues, dialogue=dialogue):
+            yield dialogue
 
     @contextmanager
     def audio_mask(self, mask: Tensor) -> Iterator[None]:
@@ -329,11 +452,8 @@ class MALAdapter(nn.Module):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ArgumentError(f"mask is {what}; pass a bool tensor [batch, positions].")
-        outer, self._mask = self._mask, mask
-        try:
+        with self._within(self._open_masks, mask=mask):
             yield
-        finally:
-            self._mask = outer
 
     def undo(self) -> None:
         """Drops the last turn of the dialogue that is open now.
@@ -341,20 +461,18 @@ class MALAdapter(nn.Module):
         Raises:
             ArgumentError: none is open, or it has no turn left to undo.
         """
-        if self._dialogue is None:
+        dialogue = self._scope().dialogue
+        if dialogue is None:
             raise ArgumentError(
                 "undo() outside of dialogue(...); open the dialogue that is to lose its last turn."
             )
-        self._dialogue.undo()
+        dialogue.undo()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the host is exactly itself: nothing is read and nothing written."""
-        before, self._enabled = self._enabled, False
-        try:
+        with self._within(enabled=False):
             yield
-        finally:
-            self._enabled = before
 
     # --- persistence ------------------------------------------------------------------------------
 
@@ -397,9 +515,10 @@ class MALAdapter(nn.Module):
         config = MALConfig.from_dict(read_json(text, str(config_file)))
         if config.hidden_size is None:
             raise CheckpointError(f"hidden_size is null in {config_file}; save the adapter again.")
+        with torch.device("meta"):  # nothing is allocated before the file is known to fit
+            like = cls(config).state_dict()
+        tensors, _ = read_tensors(weights_file, "adapter", lambda header: like)
         adapter = cls(config)
-        tensors, _ = read_tensors(weights_file, "adapter")
-        check_tensors(weights_file, tensors, adapter.state_dict())
         adapter.load_state_dict(tensors)
         return adapter.requires_grad_(is_trainable)
 
@@ -435,3 +554,17 @@ class MALAdapter(nn.Module):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
         )
+
+
+def _replace(module: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Puts ``method`` in the place of one of ``module``; returns what takes it out again."""
+    own = module.__dict__.get(name)
+    setattr(module, name, method)
+
+    def restore() -> None:
+        if module.__dict__.get(name) is method:
+            delattr(module, name)
+            if own is not None:
+                setattr(module, name, own)
+
+    return restore

@@ -1,64 +1,220 @@
-"""Saved files: safetensors that say what they are, read without trust in what they hold."""
+"""Saved files: safetensors that say what they are, read without trust in what they hold.
+
+The header is a JSON object under the key ``mal_kernels`` of the safetensors metadata. Its
+``checksum`` is the SHA-256 of all bytes of the file, with 64 zeros in its own place.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, StoreError
 
-VERSION = 1  # of the header
+VERSION = 2  # of the header; files of version 1 have no checksum
+UNSIGNED = "0" * 64
+MAX_HEADER = 100_000_000  # bytes; safetensors itself reads no longer ones
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def pack(kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
+    """``tensors`` and a JSON ``header`` as the bytes of a safetensors file; equal ones as equal."""
+    from safetensors.torch import save
+
+    # checksum first: no string of the caller can come before it
+    about = {"checksum": UNSIGNED, "kind": kind, "version": VERSION, **header}
+    blob = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={"mal_kernels": json.dumps(about)},  # a second key would make the order random
+    )
+    checksum = hashlib.sha256(blob).hexdigest()
+    return blob.replace(UNSIGNED.encode(), checksum.encode(), 1)
+
+
+def write_file(path: str | Path, blob: bytes, mode: int = 0o666) -> None:
+    """Writes ``path``, which appears whole or not at all, and is on the disk on return.
+
+    Args:
+        path: replaced if it exists.
+        blob: its new content.
+        mode: its permissions, less the process's umask.
+
+    Raises:
+        StoreError: it cannot be written; what was there is still there.
+    """
+    path = Path(path)
+    # os.replace is atomic within a folder
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        try:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise StoreError(
+            f"cannot write {path}: {error}. Make room, or pass another path."
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in ``folder`` outlive a loss of power, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_tensors(
     path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
-    """Writes ``tensors`` and a JSON ``header`` to ``path``, which appears whole or not at all."""
-    from safetensors.torch import save
-
-    path = Path(path)
-    about = json.dumps({"kind": kind, "version": VERSION, **header})
-    blob = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={"mal_kernels": about},  # a second key would make the order of bytes random
-    )
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(blob)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and header of a file that :func:`write_tensors` wrote for ``kind``.
+    """:func:`pack` to a file, which appears whole or not at all.
 
     Raises:
-        CheckpointError: no such file, truncated, not safetensors, or written for something else.
+        StoreError: it cannot be written.
     """
-    from safetensors import SafetensorError, safe_open
+    write_file(path, pack(kind, tensors, header))
 
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_tensors(
+    source: str | Path | bytes,
+    kind: str,
+    expected: Callable[[dict[str, Any]], Mapping[str, Tensor]] | None = None,
+    name: str | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and header of what :func:`pack` made for ``kind``.
+
+    Nothing is allocated for a tensor before the header is known to be right.
+
+    Args:
+        source: a path, or the bytes themselves.
+        kind: what the file is for.
+        expected: given the header, tensors of the names, shapes and dtypes that must be there; on
+            any device, ``meta`` too, and their values must be finite. ``None``: any tensors.
+        name: of the source, for errors; the path if ``None``.
+
+    Raises:
+        CheckpointError: no such file, truncated, changed, not safetensors, written for something
+            else or by a newer version, or not the tensors that were expected.
+    """
+    if isinstance(source, bytes):
+        return _read(io.BytesIO(source), len(source), name or "bytes", kind, expected)
+    path, name = Path(source), name or str(source)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        if not path.is_file():
+            raise _unreadable(name, "no such file")
+        with path.open("rb") as file:
+            return _read(file, os.fstat(file.fileno()).st_size, name, kind, expected)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _read(
+    file: BinaryIO,
+    size: int,
+    name: str,
+    kind: str,
+    expected: Callable[[dict[str, Any]], Mapping[str, Tensor]] | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    table, start = _read_table(file, size, name)
+    header = _about(table, name)
+    _check_kind(header, name, kind)
+    like = None if expected is None else expected(header)
+    if like is not None:
+        _compare(name, {key: _entry(x) for key, x in table.items() if key != "__metadata__"}, like)
+        if start + sum(x.nbytes for x in like.values()) != size:
+            raise _unreadable(name, f"its length of {size} bytes is not that of its tensors")
+    file.seek(0)
+    blob = file.read()
+    if not _is_intact(blob, start, header):
         raise CheckpointError(
-            f"cannot read {path} as safetensors ({error}); expected a file written by mal_kernels. "
-            "Copy it again, it may be truncated."
-        ) from error
-    header = read_json(metadata.get("mal_kernels", "null"), f"the header of {path}")
-    if (header.pop("kind", None), header.pop("version", None)) != (kind, VERSION):
-        raise CheckpointError(
-            f"{path} is a safetensors file, but not {kind!r} of version {VERSION} written by "
-            "mal_kernels; pass the file that was saved for this purpose."
+            f"the checksum of {name} does not match: it was changed or damaged after it was "
+            "written. Use another copy of it."
         )
+    try:
+        tensors = load(blob)
+    except SafetensorError as error:
+        raise _unreadable(name, error) from error
+    if like is not None:
+        _compare(name, {key: _describe(x) for key, x in tensors.items()}, like)
+        _check_finite(name, tensors)
     return tensors, header
+
+
+def revision(blob: bytes, name: str) -> str:
+    """The checksum in the header of packed bytes, the same for the same content.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    table, _ = _read_table(io.BytesIO(blob), len(blob), name)
+    return str(_about(table, name).get("checksum"))
+
+
+def _read_table(file: BinaryIO, size: int, name: str) -> tuple[dict[str, Any], int]:
+    """The table of contents of a safetensors file, and where the first tensor begins."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(size - 8, MAX_HEADER):
+        raise _unreadable(name, f"a header of {length} bytes cannot be in {size}")
+    try:
+        text = file.read(length).decode()
+    except UnicodeDecodeError as error:
+        raise _unreadable(name, error) from error
+    return read_json(text, f"cannot read {name} as safetensors: its header"), 8 + length
+
+
+def _about(table: dict[str, Any], name: str) -> dict[str, Any]:
+    metadata = table.get("__metadata__")
+    text = metadata.get("mal_kernels") if isinstance(metadata, dict) else None
+    return read_json(text if isinstance(text, str) else "null", f"the header of {name}")
+
+
+def _check_kind(header: dict[str, Any], name: str, kind: str) -> None:
+    version = header.get("version")
+    if header.get("kind") != kind or type(version) is not int or version < 1:
+        raise CheckpointError(
+            f"{name} is a safetensors file, but not {kind!r} written by mal_kernels; pass the file "
+            "that was saved for this purpose."
+        )
+    if version > VERSION:
+        raise CheckpointError(
+            f"{name} was written by a newer mal_kernels (format {version}; this one reads up to "
+            f"{VERSION}). Upgrade mal_kernels."
+        )
+
+
+def _is_intact(blob: bytes, start: int, header: dict[str, Any]) -> bool:
+    checksum = header.get("checksum")
+    if checksum is None:
+        return header["version"] == 1
+    if not isinstance(checksum, str) or len(checksum) != len(UNSIGNED) or not checksum.isascii():
+        return False
+    digest = hashlib.sha256(blob[:start].replace(checksum.encode(), UNSIGNED.encode(), 1))
+    digest.update(memoryview(blob)[start:])
+    return digest.hexdigest() == checksum
 
 
 def read_json(text: str, what: str) -> dict[str, Any]:
@@ -69,7 +225,7 @@ def read_json(text: str, what: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} is not JSON: {error}. Save it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -78,31 +234,50 @@ def read_json(text: str, what: str) -> dict[str, Any]:
     return value
 
 
-def check_tensors(
-    path: str | Path, found: Mapping[str, Tensor], like: Mapping[str, Tensor]
-) -> None:
-    """Compares names, shapes, dtypes and finiteness with what the configuration asks for.
-
-    Raises:
-        CheckpointError: names every difference.
-    """
-    wrong = [f"{name} is missing" for name in sorted(like.keys() - found.keys())]
-    wrong += [f"{name} is not expected" for name in sorted(found.keys() - like.keys())]
-    for name in sorted(like.keys() & found.keys()):
-        have, want = found[name], like[name]
-        if (have.shape, have.dtype) != (want.shape, want.dtype):
-            wrong.append(f"{name} is {_describe(have)}, expected {_describe(want)}")
-        elif have.is_floating_point() and not have.isfinite().all():
-            wrong.append(f"{name} has values that are not finite")
-    if wrong:
+def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    bad = [key for key in sorted(tensors) if not tensors[key].isfinite().all()]
+    if bad:
         raise CheckpointError(
-            f"{path} does not fit this configuration: {'; '.join(wrong)}. "
+            f"{name} does not fit this configuration: {', '.join(bad[:9])} has values that are not "
+            "finite. Use another copy of it."
+        )
+
+
+def _compare(name: str, found: Mapping[str, str], like: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError naming every difference from ``like``; ``found`` is described."""
+    wanted = {key: _describe(x) for key, x in like.items()}
+    wrong = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
+    wrong += [f"{key} is not expected" for key in sorted(found.keys() - wanted.keys())]
+    wrong += [
+        f"{key} is {found[key]}, expected {wanted[key]}"
+        for key in sorted(wanted.keys() & found.keys())
+        if found[key] != wanted[key]
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 9} more" if len(wrong) > 9 else ""
+        raise CheckpointError(
+            f"{name} does not fit this configuration: {'; '.join(wrong[:9])}{more}. "
             "Load it with the configuration it was saved with."
         )
 
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _entry(entry: Any) -> str:
+    """What the table of contents says of a tensor, in the words of :func:`_describe`."""
+    if not isinstance(entry, dict):
+        return repr(entry)[:80]
+    dtype = str(entry.get("dtype"))
+    return f"{DTYPES.get(dtype, dtype)} {entry.get('shape')}"[:80]
+
+
+def _unreadable(name: str, why: object) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read {name} as safetensors ({why}); expected a file written by mal_kernels. Copy "
+        "it again, it may be truncated."
+    )
 
 
 def find_file(model_id: str | Path, name: str, hub_kwargs: Mapping[str, Any]) -> Path:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from mal_kernels import __version__, ops
-from mal_kernels.errors import MALError
+from mal_kernels.errors import ArgumentError, BackendUnavailable, MALError
 from mal_kernels.ops._backend import resolve
 
 # what doctor reports, and how to get it
@@ -82,10 +86,41 @@ def demo(
         )
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,  # bench has a --help of its own
+)
+def bench(context: typer.Context) -> None:
+    """Measure what the memory costs on this CPU, beside what there is (in a clone)."""
+    root = Path(__file__).parents[1]
+    with _errors_without_traceback():
+        if not (root / "bench/__main__.py").exists():
+            raise BackendUnavailable(
+                "bench: it is part of the repository, not of the installed package, because it "
+                "writes its results there; clone the repository and pip install -e '.[bench]'"
+            )
+    sys.path.insert(0, str(root))
+    from bench.__main__ import app as bench_app
+
+    bench_app(context.args, prog_name="mal-kernels bench")
+
+
 @app.command()
-def doctor() -> None:
+def doctor(
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Compile every Triton kernel and show what it costs."),
+    ] = False,
+    target: Annotated[
+        str, typer.Option(help="What --kernels compiles for: sm_80, sm_90, sm_100 or gfx942.")
+    ] = "sm_90",
+) -> None:
     """Show versions, devices, and which backend every op would use and why."""
     console = Console()
+    if kernels:
+        with _errors_without_traceback():
+            _show_kernels(console, target)
+        return
     versions = Table("package", "version", title="Versions", title_justify="left")
     versions.add_row("mal-kernels", __version__)
     versions.add_row("python", platform.python_version())
@@ -94,25 +129,48 @@ def doctor() -> None:
     console.print(versions)
 
     devices = Table("device", "what it is", title="Devices", title_justify="left")
-    for device, what in _devices():
-        devices.add_row(device, what)
+    for name, what in _devices():
+        devices.add_row(name, what)
     console.print(devices)
 
     backends = Table(
         "op", "backend", "why", title="Backends of mal_kernels.ops", title_justify="left"
     )
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     broken = False
-    for op in (name for name in ops.__all__ if name.islower() and name != "explain"):
+    # a trailing underscore is the same op in place
+    functions = {n.removesuffix("_") for n in ops.__all__ if n.islower()} - {"explain"}
+    for op in sorted(functions):
         backend, why = ops.explain(op)
         try:
-            resolve("auto", op, target)
+            resolve("auto", op, device)
         except MALError as error:
             broken, why = True, f"[red]cannot be used:[/red] {escape(str(error))}"
         backends.add_row(op, escape(backend), why)
     console.print(backends)
     if broken:
         raise typer.Exit(1)
+
+
+def _show_kernels(console: Console, target: str) -> None:
+    """Every kernel at its example sizes, compiled here without a GPU."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ArgumentError("TRITON_INTERPRET=1: the kernels are interpreted; unset it to compile")
+    if _version("triton") is None:
+        raise BackendUnavailable(f"triton: not installed; it {PACKAGES['triton']}")
+    from mal_kernels._triton import aot
+
+    if target not in aot.TARGETS:
+        raise ArgumentError(f"target: got {target!r}, expected one of {[*aot.TARGETS]}")
+    modules = aot.kernel_modules().values()
+    examples = [item for m in modules for item in getattr(m, "EXAMPLES", {}).items()]
+    table = Table("kernel", "example", "registers", "spills", "shared B", "mma", title=target)
+    for name, launch in track(examples, "compiling", console=console, transient=True):
+        one: Any = SimpleNamespace(EXAMPLES={name: launch})
+        for report in aot.reports(one, target):
+            numbers = (report.registers, report.spills, report.shared, report.mma)
+            table.add_row(report.kernel, report.example, *map(str, numbers))
+    console.print(table)
 
 
 def _version(package: str) -> str | None:

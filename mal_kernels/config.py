@@ -37,6 +37,8 @@ class MALConfig:
         momentum_init: initial momentum η of the writes, in (0, 1).
         decay_init: initial decay α toward the learned initial memory, in (0, 1).
         max_grad_norm: bound of each token's inner gradient; ``None`` for none.
+        max_state_norm: a turn that would take the Frobenius norm of a head's weights and momentum
+            to this bound is not written; ``None`` for none.
         hidden_size: width ``Dm`` of the host; filled in when the adapter is attached.
         base_model_name_or_path: the host it was trained on; filled in when the adapter is attached.
 
@@ -61,6 +63,7 @@ class MALConfig:
     momentum_init: float = 0.01
     decay_init: float = 0.01
     max_grad_norm: float | None = 1.0
+    max_state_norm: float | None = 1e4
     hidden_size: int | None = None
     base_model_name_or_path: str | None = None
 
@@ -128,8 +131,8 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_count(value: Any) -> bool:
-    return _is_int(value) and value > 0
+def _is_count(value: Any, most: int = 4096) -> bool:
+    return _is_int(value) and 0 < value <= most
 
 
 def _is_positive(value: Any) -> bool:
@@ -150,16 +153,24 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda site: site == "embeds" or (_is_int(site) and site >= 0),
         "'embeds' or the index of a decoder layer",
     ),
-    "heads": (_is_count, "a positive int"),
-    "head_dim": (_is_count, "a positive int"),
-    "expansion": (_is_count, "a positive int"),
-    "depth": (_is_count, "a positive int"),
+    # bounded, so that a damaged file cannot ask for more than a machine has
+    "heads": (_is_count, "an int from 1 to 4096"),
+    "head_dim": (_is_count, "an int from 1 to 4096"),
+    "expansion": (_is_count, "an int from 1 to 4096"),
+    "depth": (lambda depth: _is_count(depth, 64), "an int from 1 to 64"),
     "activation": (lambda name: name in ACTIVATIONS, f"one of {ACTIVATIONS}"),
     "residual_norm": (lambda flag: isinstance(flag, bool), "True or False"),
     "max_lr": (_is_positive, "a positive number"),
     "momentum_init": (_is_share, "a number between 0 and 1"),
     "decay_init": (_is_share, "a number between 0 and 1"),
-    "max_grad_norm": (_or_none(_is_positive), "a positive number, or None for no bound"),
-    "hidden_size": (_or_none(_is_count), "a positive int, or None to take it from the host"),
+    "max_grad_norm": (
+        _or_none(lambda norm: _is_positive(norm) and 1e-18 <= norm <= 1e18),
+        "a number from 1e-18 to 1e18, or None for no bound",
+    ),
+    "max_state_norm": (_or_none(_is_positive), "a positive number, or None for no bound"),
+    "hidden_size": (
+        _or_none(lambda size: _is_count(size, 2**20)),
+        "an int from 1 to 1048576, or None to take it from the host",
+    ),
     "base_model_name_or_path": (_or_none(lambda name: isinstance(name, str)), "a name or None"),
 }

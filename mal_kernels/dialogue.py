@@ -2,61 +2,70 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .checkpoint import check_tensors, read_tensors, write_tensors
+from .checkpoint import revision, write_file
 from .config import MALConfig
-from .errors import ArgumentError, CheckpointError
+from .errors import ArgumentError, CheckpointError, StoreError
+from .snapshot import EMPTY, Snapshot, pack_dialogues, unpack_dialogues
 from .state import MemoryState
+from .store import KeyValueStore
 
 
-class Snapshot(NamedTuple):
-    """One dialogue after a turn; a value, never changed.
+class _History(NamedTuple):
+    """The snapshots of a dialogue, the present one last, and the bytes of all their states."""
 
-    ``states`` has one row per speaker, and ``None`` for the memory that all of them share.
-    ``clips`` are the fingerprints of the clips written so far, ``None`` where one is unknown.
-    """
+    snapshots: tuple[Snapshot, ...]
+    nbytes: int
 
-    states: Mapping[str | None, MemoryState]
-    clips: tuple[int | None, ...]
-
-    def resent(self, clips: Sequence[int | None]) -> int:
-        """How many of the first ``clips`` repeat the end of what was written, and in that order."""
-        for n in range(min(len(clips), len(self.clips)), 0, -1):
-            if None not in clips[:n] and tuple(clips[:n]) == self.clips[-n:]:
-                return n
-        return 0
-
-    def detach(self) -> Snapshot:
-        """The same values cut from the autograd graph."""
-        return Snapshot({who: s.detach() for who, s in self.states.items()}, self.clips)
+    @classmethod
+    def of(cls, snapshots: Sequence[Snapshot]) -> _History:
+        # a speaker who was silent has the same state in several snapshots
+        states = {id(state): state for x in snapshots for state in x.states.values()}
+        return cls(tuple(snapshots), sum(state.nbytes for state in states.values()))
 
 
-EMPTY = Snapshot({}, ())
+UNKNOWN = _History((EMPTY,), 0)
 
 
 class DialogueStore:
     """The dialogues of an adapter, as ``mal.dialogues``. Every change is made whole or not at all.
 
+    Without a ``backing`` dialogues live in memory, and those used least recently are lost beyond
+    the bounds. With one, memory only caches it: each turn begins with what is there, and is done
+    when it is there. So any process may take any turn, a process killed at any moment leaves the
+    last turn that was done, and a dialogue that was evicted comes back bit for bit; only
+    :meth:`undo` does not reach behind an eviction. Of two turns of one dialogue at the same time
+    the one that ends last raises StoreError and writes nothing.
+
+    Methods may be called from several threads at once.
+
     Args:
         config: of the adapter; a saved store can only be loaded under the same one.
         initial_state: returns the state of ``n`` dialogues in which nothing was said yet.
         undo_depth: turns per dialogue that can be undone.
-        max_dialogues: drops the dialogues written least recently beyond this number; ``None`` keeps
-            all.
+        max_dialogues: most dialogues kept in memory; ``None`` for no bound. Those of the last turn
+            always stay.
+        max_bytes: most bytes of states in memory, with those for undo, in the same way.
+        backing: a :class:`mal_kernels.store.KeyValueStore`, or ``None``.
 
     Example:
+        >>> import tempfile
         >>> from mal_kernels import MALAdapter, MALConfig
+        >>> from mal_kernels.store import DirectoryStore
         >>> mal = MALAdapter(MALConfig(heads=2, head_dim=8, hidden_size=32))
+        >>> mal.dialogues.max_bytes = 2**30
+        >>> mal.dialogues.backing = DirectoryStore(tempfile.mkdtemp())
         >>> with mal.dialogue("call-17") as dialogue:
         ...     dialogue.turns
         [0]
-        >>> len(mal.dialogues)
-        0
+        >>> mal.dialogues.forget(["call-17"])  # in memory and in the folder
     """
 
     def __init__(
@@ -66,144 +75,265 @@ class DialogueStore:
         *,
         undo_depth: int = 8,
         max_dialogues: int | None = None,
+        max_bytes: int | None = None,
+        backing: KeyValueStore | None = None,
     ) -> None:
         self.config, self.initial_state = config, initial_state
-        self.undo_depth, self.max_dialogues = undo_depth, max_dialogues
-        # oldest first; the last snapshot of a dialogue is the present
-        self._histories: dict[str, tuple[Snapshot, ...]] = {}
+        self.undo_depth, self.max_dialogues, self.max_bytes = undo_depth, max_dialogues, max_bytes
+        self.backing = backing
+        self._histories: OrderedDict[str, _History] = OrderedDict()  # used last, comes last
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` of an adapter: all but the lock."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     def __len__(self) -> int:
+        """Dialogues in memory."""
         return len(self._histories)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._histories)
+        """Ids of the dialogues in memory, the one used least recently first."""
+        with self._lock:
+            return iter(list(self._histories))
 
     def __contains__(self, dialogue: object) -> bool:
+        if isinstance(dialogue, str):
+            self.latest(dialogue)  # fetches it, or drops what is gone from the backing store
         return dialogue in self._histories
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all present states, without those kept for undo."""
-        return sum(s.nbytes for h in self._histories.values() for s in h[-1].states.values())
+        """Bytes of all present states in memory, without those kept for undo."""
+        with self._lock:
+            return sum(history.snapshots[-1].nbytes for history in self._histories.values())
 
     def latest(self, dialogue: str) -> Snapshot:
-        """What is remembered of a dialogue now; empty for one that is not known."""
-        return self._histories.get(dialogue, (EMPTY,))[-1]
+        """What is remembered of a dialogue now; empty for one that is not known.
+
+        Raises:
+            StoreError: the backing store cannot be reached.
+            CheckpointError: what is there is damaged, foreign, or of another configuration.
+        """
+        stored = self._fetch(dialogue)  # not under the lock: it may take its time
+        return self._history(dialogue, stored).snapshots[-1]
+
+    def _fetch(self, dialogue: str) -> bytes | None:
+        return None if self.backing is None else self.backing.get(dialogue)
+
+    def _history(self, dialogue: str, stored: bytes | None) -> _History:
+        """Brings memory up to date with what is ``stored``."""
+        where = f"dialogue {dialogue!r} in the backing store"
+        now = None if stored is None else revision(stored, where)
+        with self._lock:
+            mine = self._histories.get(dialogue, UNKNOWN)
+            if self.backing is None or mine.snapshots[-1].revision == now:
+                if dialogue in self._histories:
+                    self._histories.move_to_end(dialogue)
+                return mine
+            if stored is None:  # erased by another process
+                self._histories.pop(dialogue, None)
+                return UNKNOWN
+            found = unpack_dialogues(stored, self.config, self._like(), where)
+            if list(found) != [dialogue]:
+                raise CheckpointError(
+                    f"{where} is that of {list(found)}; the store is damaged. Forget the dialogue, "
+                    "or restore the store from a copy."
+                )
+            history = _History.of([found[dialogue]._replace(revision=now)])
+            self._keep({dialogue: history})
+            return history
+
+    def _like(self) -> MemoryState:
+        return self.initial_state(1).detach().to("cpu")
 
     def gather(
         self, keys: Sequence[tuple[str, str | None]], device: torch.device | None = None
     ) -> MemoryState:
         """The states of ``(dialogue, speaker)`` keys as rows; initial where nothing was said."""
+        return self.rows([(self.latest(name), who) for name, who in keys], device)
+
+    def rows(
+        self, keys: Sequence[tuple[Snapshot, str | None]], device: torch.device | None = None
+    ) -> MemoryState:
+        """The states of speakers in snapshots, as :meth:`gather`."""
         fresh = self.initial_state(1)
         device = device or fresh.weights[0].device
-        rows = [self.latest(name).states.get(who, fresh) for name, who in keys]
-        return MemoryState.cat([row.to(device) for row in rows])
+        states = [snapshot.states.get(who, fresh) for snapshot, who in keys]
+        return MemoryState.cat([state.to(device) for state in states])
 
-    def commit(self, snapshots: Mapping[str, Snapshot]) -> None:
-        """Makes ``snapshots`` the present of their dialogues."""
-        self._replace(
-            {
-                name: (*self._histories.get(name, (EMPTY,)), snapshot)[-self.undo_depth - 1 :]
-                for name, snapshot in snapshots.items()
-            }
-        )
+    def commit(
+        self, snapshots: Mapping[str, Snapshot], past: Mapping[str, Snapshot] | None = None
+    ) -> None:
+        """Makes ``snapshots`` the present of their dialogues, of all or of none.
+
+        Args:
+            snapshots: by id of the dialogue.
+            past: what they were made from; ``None`` puts them after whatever is there now.
+
+        Raises:
+            StoreError: a dialogue is not as in ``past`` any more, or the backing store fails. If it
+                fails to take back a part as well, each dialogue is still whole, and the turn can
+                be played again: clips that were written are recognised.
+        """
+        with self._lock:
+            stored = {name: self._fetch(name) for name in snapshots}
+            now = {name: self._history(name, stored[name]).snapshots for name in snapshots}
+            read = (past or {}).items()
+            changed = [name for name, before in read if not _same(now[name][-1], before)]
+            if changed:
+                raise StoreError(
+                    f"dialogues {changed} were changed or forgotten while this turn ran, which has "
+                    "not been written; play it again, after the other has ended."
+                )
+            keep = self.undo_depth + 1
+            self._replace({name: (*now[name], x)[-keep:] for name, x in snapshots.items()}, stored)
 
     def undo(self, dialogues: Sequence[str]) -> None:
         """Drops the last turn of ``dialogues``, from all their memories.
 
         Raises:
             ArgumentError: none of them has a turn that can be undone.
+            StoreError: the backing store fails.
         """
-        histories = {name: self._histories.get(name, ()) for name in dialogues}
-        shorter = {name: h[:-1] for name, h in histories.items() if len(h) > 1}
-        if not shorter:
-            raise ArgumentError(
-                f"dialogues {list(dialogues)} have no turn left to undo; at most the last "
-                f"undo_depth={self.undo_depth} turns since they were loaded can be undone."
-            )
-        self._replace(shorter)
+        with self._lock:
+            stored = {name: self._fetch(name) for name in dialogues}
+            now = {name: self._history(name, stored[name]).snapshots for name in dialogues}
+            shorter = {name: snapshots[:-1] for name, snapshots in now.items() if snapshots[1:]}
+            if not shorter:
+                raise ArgumentError(
+                    f"dialogues {list(dialogues)} have no turn left to undo; at most the last "
+                    f"undo_depth={self.undo_depth} turns since they were loaded can be undone."
+                )
+            self._replace(shorter, stored)
 
     def detach(self, dialogues: Sequence[str]) -> None:
         """Cuts the states of ``dialogues`` from the autograd graph of the turns that wrote them."""
-        self._replace(
-            {
-                name: tuple(snapshot.detach() for snapshot in self._histories[name])
-                for name in dialogues
-                if name in self._histories
-            }
-        )
+        with self._lock:
+            self._histories.update(
+                {
+                    name: _History.of([x.detach() for x in self._histories[name].snapshots])
+                    for name in dialogues
+                    if name in self._histories
+                }
+            )
 
     def forget(self, dialogues: Sequence[str] | None = None) -> None:
-        """Erases ``dialogues`` (all, if ``None``) with everything kept for undo."""
-        gone = self._histories if dialogues is None else dialogues
-        self._histories = {name: h for name, h in self._histories.items() if name not in gone}
+        """Erases ``dialogues`` (all, if ``None``) with everything kept for undo, and their backing.
 
-    def _replace(self, changed: Mapping[str, tuple[Snapshot, ...]]) -> None:
-        # built first, then put in place by one assignment, which no interrupt can split
-        histories = {name: h for name, h in self._histories.items() if name not in changed}
-        histories |= changed
-        surplus = len(histories) - (self.max_dialogues or len(histories))
-        self._histories = dict(list(histories.items())[max(surplus, 0) :])
+        A turn that is running in one of them will fail.
+
+        Raises:
+            ArgumentError: ``None``, but there is a backing store, which cannot list what it has.
+            StoreError: the backing store fails; memory is erased nevertheless.
+        """
+        names, failed = self._names(dialogues), []
+        with self._lock:
+            for name in names:
+                self._histories.pop(name, None)
+                try:
+                    if self.backing is not None:
+                        self.backing.delete(name)
+                except Exception as error:
+                    failed.append((name, error))
+        if failed:
+            raise StoreError(
+                f"dialogues {[name for name, _ in failed]} may still be in the backing store: "
+                f"{failed[0][1]} Forget them again."
+            ) from failed[0][1]
+
+    def _names(self, dialogues: Sequence[str] | None) -> list[str]:
+        if dialogues is not None:
+            return [dialogues] if isinstance(dialogues, str) else list(dialogues)
+        if self.backing is not None:
+            raise ArgumentError(
+                "dialogues is None, but a backing store cannot list what it has; pass their ids."
+            )
+        return list(self)
+
+    def _replace(
+        self, changed: Mapping[str, Sequence[Snapshot]], stored: Mapping[str, bytes | None]
+    ) -> None:
+        """New histories of dialogues of which the backing store has ``stored``."""
+        histories = dict(changed)
+        if self.backing is not None:
+            blobs = {x: pack_dialogues(self.config, {x: h[-1]}) for x, h in changed.items()}
+            for name, blob in blobs.items():
+                present = changed[name][-1]._replace(revision=revision(blob, name))
+                histories[name] = (*changed[name][:-1], present)
+            _put_all(self.backing, blobs, stored)
+        self._keep({name: _History.of(history) for name, history in histories.items()})
+
+    def _keep(self, histories: Mapping[str, _History]) -> None:
+        self._histories.update(histories)  # one step, which no interrupt can split
+        for name in histories:
+            self._histories.move_to_end(name)
+        surplus = len(self._histories) - len(histories)  # how many may go
+        if self.max_dialogues is not None:
+            for _ in range(min(surplus, len(self._histories) - self.max_dialogues)):
+                self._histories.popitem(last=False)
+                surplus -= 1
+        if self.max_bytes is not None:
+            total = sum(history.nbytes for history in self._histories.values())
+            while surplus > 0 and total > self.max_bytes:
+                total -= self._histories.popitem(last=False)[1].nbytes
+                surplus -= 1
 
     def save(self, path: str | Path, dialogues: Sequence[str] | None = None) -> None:
         """Writes ``dialogues`` (all, if ``None``) as safetensors; what could be undone is not kept.
 
         Raises:
-            ArgumentError: an id in ``dialogues`` is not known.
+            ArgumentError: an id in ``dialogues`` is not known; or ``None``, but there is a backing
+                store, which cannot list what it has.
+            StoreError: ``path`` cannot be written, or the backing store not be reached.
         """
-        names = list(self) if dialogues is None else list(dialogues)
-        unknown = [name for name in names if name not in self]
+        snapshots, unknown = {}, []
+        for name in self._names(dialogues):
+            snapshots[name] = self.latest(name)
+            if name not in self._histories:
+                unknown.append(name)
         if unknown:
             raise ArgumentError(f"dialogues {unknown} are not known; pass some of {list(self)}.")
-        present = {name: self.latest(name) for name in names}
-        rows = [s.detach().to("cpu") for p in present.values() for s in p.states.values()]
-        entries = [
-            {"id": name, "speakers": list(p.states), "clips": p.clips}
-            for name, p in present.items()
-        ]
-        write_tensors(
-            path,
-            "dialogues",
-            _named(MemoryState.cat(rows)) if rows else {},
-            {"config": self.config.state_signature(), "dialogues": entries},
-        )
+        write_file(path, pack_dialogues(self.config, snapshots))
 
     def load(self, path: str | Path) -> list[str]:
         """Reads dialogues that :meth:`save` wrote, over those of the same id; returns their ids.
 
         Raises:
             CheckpointError: the file is corrupt, foreign, or of another configuration.
+            StoreError: the backing store fails.
         """
-        tensors, header = read_tensors(path, "dialogues")
-        self._check_config(path, header.get("config"))
-        entries = _entries(path, header.get("dialogues"))
-        keys = [(entry["id"], who) for entry in entries for who in entry["speakers"]]
-        like = self.initial_state(len(keys)).detach()
-        check_tensors(path, tensors, _named(like) if keys else {})
-        layers = range(len(like.weights) if keys else 0)
-        every = MemoryState(
-            tuple(tensors[f"weights.{i}"] for i in layers),
-            tuple(tensors[f"momentum.{i}"] for i in layers),
-        )
-        states: dict[str, dict[str | None, MemoryState]] = {entry["id"]: {} for entry in entries}
-        for row, (name, who) in enumerate(keys):
-            states[name][who] = every.index_select(torch.tensor([row]))
-        self._replace({e["id"]: (Snapshot(states[e["id"]], tuple(e["clips"])),) for e in entries})
-        return list(states)
+        snapshots = unpack_dialogues(path, self.config, self._like(), str(path))
+        with self._lock:
+            stored = {name: self._fetch(name) for name in snapshots}
+            self._replace({name: (snapshot,) for name, snapshot in snapshots.items()}, stored)
+        return list(snapshots)
 
-    def _check_config(self, path: str | Path, saved: object) -> None:
-        mine = self.config.state_signature()
-        theirs = saved if isinstance(saved, dict) else {}
-        differs = [
-            f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
-            for name in sorted(mine.keys() | theirs.keys())
-            if theirs.get(name) != mine.get(name)
-        ]
-        if differs:
-            raise CheckpointError(
-                f"{path} holds states of another adapter: {'; '.join(differs)}. Load it with the "
-                "adapter that wrote it, after attach()."
-            )
+
+def _same(now: Snapshot, past: Snapshot) -> bool:
+    return now is past or (now.revision is not None and now.revision == past.revision)
+
+
+def _put_all(
+    store: KeyValueStore, blobs: Mapping[str, bytes], before: Mapping[str, bytes | None]
+) -> None:
+    """Puts all of ``blobs``, or what was there ``before`` again."""
+    begun = []
+    try:
+        for name, blob in blobs.items():
+            begun.append(name)
+            store.put(name, blob)
+    except BaseException:
+        for name in begun:
+            old = before[name]
+            if old is None:
+                store.delete(name)
+            else:
+                store.put(name, old)
+        raise
 
 
 class Dialogue:
@@ -213,6 +343,9 @@ class Dialogue:
         store: where the states are kept.
         ids: id of each dialogue.
         speaker: who speaks; one name for all rows, or one per row; ``None`` where it is not known.
+
+    Attributes:
+        last_turn: what the last turn in this context did, as :attr:`MALAdapter.last_turn`.
 
     Raises:
         ArgumentError: ids or speakers are not strings, repeat, or do not match in number.
@@ -232,10 +365,11 @@ class Dialogue:
         speaker: str | Sequence[str | None] | None = None,
     ) -> None:
         self.store = store
-        self.ids = (ids,) if isinstance(ids, str) else tuple(ids)
+        self.last_turn: Any = None
+        self.ids: tuple[str, ...] = (ids,) if isinstance(ids, str) else _tuple(ids)
         one_for_all = speaker is None or isinstance(speaker, str)
         self.speakers: tuple[str | None, ...] = (
-            (speaker,) * len(self.ids) if one_for_all else tuple(speaker)  # type: ignore[arg-type, assignment]
+            (speaker,) * len(self.ids) if one_for_all else _tuple(speaker)  # type: ignore[assignment]
         )
         if not self.ids or not all(isinstance(name, str) for name in self.ids):
             raise ArgumentError(f"ids is {ids!r}; pass a string, or a list of one string per row.")
@@ -275,27 +409,6 @@ class Dialogue:
         self.store.detach(self.ids)
 
 
-def _named(state: MemoryState) -> dict[str, torch.Tensor]:
-    names = [f"{field}.{i}" for field in ("weights", "momentum") for i in range(len(state.weights))]
-    return dict(zip(names, (*state.weights, *state.momentum), strict=True))
-
-
-def _entries(path: str | Path, entries: Any) -> list[dict[str, Any]]:
-    """Checks the list of dialogues in the header of a saved store."""
-
-    def is_entry(entry: Any) -> bool:
-        return (
-            isinstance(entry, dict)
-            and isinstance(entry.get("id"), str)
-            and isinstance(entry.get("speakers"), list)
-            and all(who is None or isinstance(who, str) for who in entry["speakers"])
-            and isinstance(entry.get("clips"), list)
-            and all(clip is None or isinstance(clip, int) for clip in entry["clips"])
-        )
-
-    if not isinstance(entries, list) or not all(map(is_entry, entries)):
-        raise CheckpointError(
-            f"the list of dialogues in {path} is not one that mal_kernels writes; it is damaged. "
-            "Save it again."
-        )
-    return entries
+def _tuple(names: Any) -> tuple[Any, ...]:
+    """Of a list or tuple; empty, which is refused, of anything else."""
+    return tuple(names) if isinstance(names, (list, tuple)) else ()

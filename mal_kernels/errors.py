@@ -27,5 +27,9 @@ class CheckpointError(MALError, ValueError):
     """A saved adapter or dialogue state is corrupt, foreign, or of another configuration."""
 
 
+class StoreError(MALError, RuntimeError):
+    """A file or store cannot be written or reached, or a dialogue changed while a turn ran."""
+
+
 class AudioFileError(MALError, ValueError):
     """An audio file cannot be read or holds no samples."""

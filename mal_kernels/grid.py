@@ -19,7 +19,7 @@ class Grid(NamedTuple):
     rows: int
     heads: int
     chunks: int
-    size: int
+    size: int  # slots of a chunk
     mask: Tensor | None  # [chunks, G, size] bool, slot holds a token; None: every slot does
     opens: list[Tensor | None]  # per chunk [G] bool: the row starts a chunk here; None: every row
     position: Tensor  # [N] int64, after the last token
@@ -38,26 +38,26 @@ class Grid(NamedTuple):
         lengths = torch.tensor(counted, dtype=torch.int64, device=x.device)
         start = torch.zeros_like(lengths) if position is None else position
         size = chunk_size or max([1, *counted])
-        chunks = -(-max((start + lengths).tolist(), default=0) // size)
-        slots = torch.arange(chunks * size, device=x.device)
+        first, last = (start.tolist(), (start + lengths).tolist())
+        chunks = -(-max(last, default=0) // size)
+        # slots of a single chunk begin with its first token and end with its last
+        begin = min(first, default=0) if chunks <= 1 else 0
+        width = max(1, max(last, default=0) - begin) if chunks <= 1 else size
+        slots = torch.arange(begin, begin + chunks * width, device=x.device)
         filled = (slots >= start.unsqueeze(1)) & (slots < (start + lengths).unsqueeze(1))
-        slot = (
-            None if all(n == chunks * size for n in counted) else filled.flatten().nonzero()[:, 0]
-        )
+        is_full = all(n == chunks * width for n in counted)
+        slot = None if is_full else filled.flatten().nonzero()[:, 0]
         counts = torch.clamp(-(-lengths // size), min=1)
         chunk = torch.arange(chunks, device=x.device).unsqueeze(1)
         gate_index = (counts.cumsum(0) - counts) + torch.minimum(chunk, counts - 1)
-        heads = x.shape[2]
-        mask, opens = None, list[Tensor | None]([None] * chunks)
-        if slot is not None:
-            mask = filled.view(len(bounds), chunks, size).transpose(0, 1)
-            whole_rows = position is None and bool((lengths == lengths[:1]).all())
-            if not whole_rows:
-                starts = [m.any(-1) & ((start == 0) | (c > 0)) for c, m in enumerate(mask)]
-                opens = [s.repeat_interleave(heads) for s in starts]
-            mask = mask.repeat_interleave(heads, 1)
+        heads, holds = x.shape[2], filled.view(len(bounds), chunks, width).transpose(0, 1)
+        opens: list[Tensor | None] = [None] * chunks
+        if position is not None or len(set(counted)) > 1:
+            starts = [m.any(-1) & ((start == 0) | (c > 0)) for c, m in enumerate(holds)]
+            opens = [s.repeat_interleave(heads) for s in starts]
+        mask = None if is_full else holds.repeat_interleave(heads, 1)
         end = (start + lengths) % size
-        return cls(slot, len(bounds), heads, chunks, size, mask, opens, end, gate_index)
+        return cls(slot, len(bounds), heads, chunks, width, mask, opens, end, gate_index)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, T, H, ...]`` to ``[chunks, G, size, ...]``, zero where there is no token."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,7 +16,9 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, HostError
 
-# subtrees that also hold `layers`, but not those of the language model
+# what the ModuleList of decoder layers is called
+LAYERS = ("layers", "h")
+# subtrees that also hold one, but not that of the language model
 NOT_THE_DECODER = ("audio", "vision", "visual", "image", "encoder", "talker", "codec", "tower")
 
 
@@ -32,7 +37,7 @@ class Clip(NamedTuple):
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
-    """The owner of the longest ModuleList ``layers`` outside audio, vision and talker subtrees.
+    """The owner of the longest list of ``layers`` outside audio, vision and talker subtrees.
 
     Module paths move between versions of transformers; this structure has not.
 
@@ -42,7 +47,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     found = [
         module
         for path, module in model.named_modules()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList)
+        if any(isinstance(getattr(module, name, None), nn.ModuleList) for name in LAYERS)
         and not any(word in part for part in path.split(".") for word in NOT_THE_DECODER)
     ]
     if not found:
@@ -54,7 +59,8 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:
-    return cast(nn.ModuleList, decoder.layers)
+    name = next(name for name in LAYERS if hasattr(decoder, name))
+    return cast(nn.ModuleList, getattr(decoder, name))
 
 
 def last_effective_layer(decoder: nn.Module) -> int:
@@ -77,18 +83,84 @@ def final_layer(decoder: nn.Module) -> int:
     return len(_layers(decoder)) - 1
 
 
+# --- what is heard of each clip ---------------------------------------------------------------
+
+
+def one_per_clip(inputs: Mapping[str, Any], spec: HostSpec, tokens: Sequence[int]) -> Sequence[Any]:
+    """Audio arguments with an entry per clip, in order."""
+    return cast(Sequence[Any], inputs[spec.audio_inputs[0]])
+
+
+def cut_at_samples(
+    inputs: Mapping[str, Any], spec: HostSpec, tokens: Sequence[int]
+) -> Sequence[Any]:
+    """``input_values`` ``[B, C, T]`` of the clips of a row one after another, as CSM has them.
+
+    ``input_values_cutoffs`` ``[B, clips]`` says where each ends; -1 where there is none.
+    """
+    pieces = []
+    for row, ends in zip(inputs["input_values"], inputs["input_values_cutoffs"], strict=True):
+        stops = [stop for stop in ends.tolist() if stop >= 0]
+        pieces += [row[:, a:b] for a, b in pairwise([0, *stops])]
+    return pieces
+
+
+def cut_at_frames(
+    inputs: Mapping[str, Any], spec: HostSpec, tokens: Sequence[int]
+) -> Sequence[Any]:
+    """``audio_input_ids`` ``[B, frames, codebooks]``: a frame for each token, row after row."""
+    codes, mask = inputs["audio_input_ids"], inputs.get("audio_input_ids_mask")
+    heard = codes.flatten(0, 1) if mask is None else codes[mask.bool()]  # [N, codebooks]
+    return torch.split(heard, list(tokens)) if len(heard) == sum(tokens) else ()
+
+
+# --- which positions of an encoder's output are not padding ---------------------------------------
+
+
+def no_mask(model: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]) -> None:
+    """None is padding."""
+
+
+def window_mask(model: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+    """``audio_x_mask`` ``[B, L]`` of Audio Flamingo, each of its windows some positions long."""
+    mask = inputs["audio_x_mask"].to(hidden.device)
+    for dim in range(2):
+        mask = mask.repeat_interleave(hidden.shape[dim] // mask.shape[dim], dim)
+    return cast(Tensor, mask)
+
+
+def frame_mask(model: Any, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+    """``attention_mask`` ``[R, frames]`` of Speech2Text and SeamlessM4T, at the encoder's rate."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return None
+    encoder = model.get_encoder()
+    if hasattr(encoder, "_get_feature_vector_attention_mask"):
+        shorter = encoder._get_feature_vector_attention_mask(hidden.shape[1], mask)
+        return cast(Tensor, shorter.to(hidden.device))
+    lengths = model._compute_sub_sample_lengths_from_attention_mask(mask).to(hidden.device)
+    return torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+
+
 @dataclass(frozen=True)
 class HostSpec:
     """How to find audio in one type of host.
 
     Args:
-        model_type: ``config.model_type`` of the host.
-        audio_inputs: arguments of ``forward`` that carry audio; the first has an entry per clip.
-        audio_token: path of the audio token id inside ``config``; ``None`` for a language model
-            that is given audio as ``inputs_embeds``, under :meth:`MALAdapter.audio_mask`.
+        model_type: ``config.model_type`` of the host, or any name if there is ``recognise``.
+        audio_inputs: arguments of ``forward`` that carry audio; the first says what is heard.
+        audio_token: path of the audio token id inside ``config``, or of several; ``None`` for a
+            language model that is given audio as ``inputs_embeds``, under
+            :meth:`MALAdapter.audio_mask`.
         root: path of the part that hears and answers, if it is not the whole model.
         encoder: path of an encoder whose output text attends to. All of it is audio, a clip per
             row, and the only site; what follows is not looked at.
+        encoder_mask: returns which positions ``[R, T]`` are not padding, or ``None`` for all, from
+            the model, the output ``[R, T, Dm]`` of its encoder and the arguments of the call; for
+            an encoder that does not return that.
+        projector: path of the module that returns the embeddings of audio as they stand in the
+            decoder's input afterwards. Where no argument says where that is, they are found there
+            by their values.
         streaming: whether every position of every call is audio, also of text as it is generated.
             All calls of one ``generate`` are one clip then.
         decoder: returns the decoder, the module with ``layers`` and ``inputs_embeds``.
@@ -99,6 +171,10 @@ class HostSpec:
         last_layer: returns the last layer index at which a residual still has an effect.
         min_clip_tokens: a prompt in which all clips are shorter is taken for one that the processor
             did not expand.
+        features: returns what is heard of each clip, in order, from the arguments of a call, the
+            spec and the number of tokens of each clip.
+        width: path, inside the model, of the width of a site that has no ``config``.
+        recognise: tells whether a model is this host, if its ``model_type`` does not.
 
     Example:
         >>> from mal_kernels import HostSpec, register_host
@@ -107,15 +183,20 @@ class HostSpec:
 
     model_type: str
     audio_inputs: tuple[str, ...] = ("input_features",)
-    audio_token: str | None = "audio_token_id"
+    audio_token: str | tuple[str, ...] | None = "audio_token_id"
     root: str = ""
     encoder: str | None = None
+    encoder_mask: Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor | None] = no_mask
+    projector: str | None = None
     streaming: bool = False
     decoder: Callable[[nn.Module], nn.Module] = find_decoder
     embeds_inside: bool = False
     stream: str | None = None
     last_layer: Callable[[nn.Module], int] = last_effective_layer
     min_clip_tokens: int = 2
+    features: Callable[[Mapping[str, Any], HostSpec, Sequence[int]], Sequence[Any]] = one_per_clip
+    width: str | None = None
+    recognise: Callable[[nn.Module], bool] | None = None
 
 
 _SPECS: dict[str, HostSpec] = {}
@@ -140,10 +221,27 @@ def register_host(spec: HostSpec) -> None:
     """
     if not isinstance(spec, HostSpec):
         raise ArgumentError(f"spec is {type(spec).__name__}; pass a HostSpec.")
-    _SPECS[spec.model_type] = spec
+    _SPECS.pop(spec.model_type, None)
+    _SPECS[spec.model_type] = spec  # the last one
 
+
+def _has(path: str) -> Callable[[nn.Module], bool]:
+    """Whether a model has a submodule at ``path``."""
+    return lambda model: any(name == path for name, _ in model.named_modules())
+
+
+_streaming = partial(
+    HostSpec, audio_token=None, streaming=True, last_layer=final_layer, min_clip_tokens=1
+)
+_encoder = partial(HostSpec, audio_token=None, encoder="model.encoder")
+_projector = partial(HostSpec, audio_token=None)
 
 for _spec in (
+    # text models, that are told where audio is
+    *(
+        HostSpec(name, audio_inputs=(), audio_token=None)
+        for name in ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+    ),
     HostSpec("qwen2_audio"),
     HostSpec("audioflamingo3"),
     HostSpec("musicflamingo"),
@@ -173,28 +271,71 @@ for _spec in (
     ),
     HostSpec("nemo_speechlm"),  # Nemotron 3.5 Transcribe
     HostSpec("nemotron_h_omni"),
+    # speech is what they answer with; the speech that they are given is what is remembered
+    HostSpec("vibevoice", audio_inputs=("input_values",)),
+    HostSpec("csm", audio_inputs=("input_values",), features=cut_at_samples),
     HostSpec(
-        "voxtral_realtime",
-        audio_inputs=("input_features", "encoder_inputs_embeds"),
-        audio_token=None,
-        streaming=True,
-        last_layer=final_layer,
-        min_clip_tokens=1,
+        "higgs_audio_v2",
+        audio_inputs=("audio_input_ids",),
+        audio_token=("audio_token_id", "audio_delay_token_id"),
+        embeds_inside=True,
+        features=cut_at_frames,
     ),
-    HostSpec(
+    # every position is audio
+    _streaming("voxtral_realtime", audio_inputs=("input_features", "encoder_inputs_embeds")),
+    _streaming(
         "kyutai_speech_to_text",
         audio_inputs=("input_ids",),  # [R, S, 1 + codebooks]
-        audio_token=None,
         embeds_inside=True,
-        streaming=True,
-        last_layer=final_layer,
-        min_clip_tokens=1,
     ),
-    HostSpec("whisper", audio_token=None, encoder="model.encoder"),
-    HostSpec("moonshine", ("input_values",), audio_token=None, encoder="model.encoder"),
-    *(
-        HostSpec(name, audio_inputs=(), audio_token=None)
-        for name in ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+    _streaming("moshi", audio_inputs=("inputs_embeds", "user_audio_codes", "user_input_values")),
+    # text attends to an encoder
+    _encoder("whisper"),
+    _encoder("moonshine", audio_inputs=("input_values",)),
+    _encoder("moonshine_streaming", audio_inputs=("input_values",)),
+    _encoder("canary"),
+    _encoder("cohere_asr"),
+    _encoder("speech_to_text", encoder_mask=frame_mask),
+    _encoder("seamless_m4t", encoder="speech_encoder", encoder_mask=frame_mask),
+    _encoder("seamless_m4t_v2", encoder="speech_encoder", encoder_mask=frame_mask),
+    # not in transformers: nothing but the values of the embeddings says where their audio is
+    _projector("ultravox", audio_inputs=("audio_values",), projector="multi_modal_projector"),
+    _projector(
+        "salmonn",
+        audio_inputs=("spectrogram",),
+        projector="speech_llama_proj",
+        recognise=_has("speech_llama_proj"),
+    ),
+    _projector("salmonn_2", audio_inputs=("audio_features",), projector="connector"),
+    _projector(
+        "ltu",  # and LTU-AS
+        audio_inputs=("audio_input",),
+        projector="model.audio_proj",
+        embeds_inside=True,
+        recognise=_has("model.audio_proj"),
+    ),
+    _projector(
+        "qwen_audio",
+        audio_inputs=("audio_info",),
+        projector="transformer.audio.proj",
+        embeds_inside=True,
+        recognise=_has("transformer.audio.proj"),
+    ),
+    _encoder(
+        "audio_flamingo",
+        audio_inputs=("audio_x",),
+        encoder="audio_transformer",
+        encoder_mask=window_mask,
+        width="audio_embed_dim",
+        recognise=_has("audio_transformer"),
+    ),
+    _encoder(
+        "audio_flamingo_2",
+        audio_inputs=("audio_x",),
+        encoder="audio_transformer_clap",
+        encoder_mask=window_mask,
+        width="clap_embed_dim",
+        recognise=_has("audio_transformer_clap"),
     ),
 ):
     register_host(_spec)
@@ -215,7 +356,8 @@ class Host:
     model: nn.Module
     spec: HostSpec
     decoder: nn.Module
-    audio_token_id: int | None
+    projector: nn.Module | None
+    audio_tokens: tuple[int, ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
@@ -226,34 +368,28 @@ class Host:
         """
         unwrap: Any = getattr(model, "get_base_model", None)
         whole = model if unwrap is None else unwrap()
-        model_type = getattr(getattr(whole, "config", None), "model_type", None)
-        spec = _SPECS.get(model_type or "")
-        if not isinstance(whole, nn.Module) or spec is None:
-            raise HostError(
-                f"model is a {type(whole).__name__} of model_type {model_type!r}; known hosts are "
-                f"{sorted(_SPECS)}. Describe it with register_host(HostSpec(...))."
-            )
-        try:
-            model = attrgetter(spec.root)(whole) if spec.root else whole
-        except AttributeError:
-            raise HostError(
-                f"{type(whole).__name__} has no {spec.root!r}; name the part that hears in "
-                "HostSpec(root=...)."
-            ) from None
-        token = None
-        if spec.audio_token is not None:
-            token = _look_up(getattr(model, "config", None), spec.audio_token)
-        if spec.audio_token is not None and not isinstance(token, int):
-            raise HostError(
-                f"config.{spec.audio_token} of {type(model).__name__} is {token!r}; expected a "
-                "token id. Name the right field in HostSpec(audio_token=...)."
-            )
-        decoder = attrgetter(spec.encoder) if spec.encoder else spec.decoder
-        return cls(whole, model, spec, decoder(model), token)
+        spec = _spec_of(whole)
+        model = _part(whole, spec.root, "root") if spec.root else whole
+        decoder = _part(model, spec.encoder, "encoder") if spec.encoder else spec.decoder(model)
+        projector = _part(model, spec.projector, "projector") if spec.projector else None
+        fields = spec.audio_token or ()
+        tokens = {
+            path: _look_up(getattr(model, "config", None), path)
+            for path in ((fields,) if isinstance(fields, str) else fields)
+        }
+        for path, token in tokens.items():
+            if not isinstance(token, int):
+                raise HostError(
+                    f"config.{path} of {type(model).__name__} is {token!r}; expected a token id. "
+                    "Name the right field in HostSpec(audio_token=...)."
+                )
+        return cls(whole, model, spec, decoder, projector, tuple(tokens.values()))
 
     @property
     def hidden_size(self) -> int:
         """Width ``Dm`` of the decoder."""
+        if self.spec.width is not None:
+            return int(_look_up(self.model, self.spec.width))
         config: Any = self.decoder.config
         return int(config.hidden_size)
 
@@ -322,18 +458,31 @@ class Host:
         streams[seen] = edit(streams[seen])
         return torch.stack(streams)
 
-    def encoded(self, output: Any) -> tuple[dict[str, Any], Tensor]:
-        """What an encoder returned, as a prompt ``[R, T]`` with the mask of its audio positions."""
-        hidden, mask = output[0], getattr(output, "attention_mask", None)
+    def encoded(
+        self, output: Any, inputs: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[dict[str, Any], Tensor]:
+        """What an encoder returned, as a prompt ``[R, T]`` with the mask of its audio positions.
+
+        ``inputs`` are the arguments of the call of the model.
+        """
+        hidden = output if isinstance(output, Tensor) else output[0]
+        mask = getattr(output, "attention_mask", None)
+        if mask is None:
+            mask = self.spec.encoder_mask(self.model, hidden, inputs)
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return {"inputs_embeds": hidden}, mask.bool()
 
-    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The arguments of one call of the model, by name."""
+    def arguments(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        function: Callable[..., Any] | None = None,
+    ) -> Mapping[str, Any]:
+        """The arguments of a call of the model's ``forward``, or another ``function``, by name."""
         if not args:
             return kwargs
-        names = inspect.signature(self.model.forward).parameters
+        names = inspect.signature(function or self.model.forward).parameters
         return dict(zip(names, args, strict=False)) | dict(kwargs)
 
     def carries_audio(self, inputs: Mapping[str, Any]) -> bool:
@@ -342,10 +491,31 @@ class Host:
 
     def shape(self, inputs: Mapping[str, Any]) -> torch.Size | None:
         """``[R, S]`` of one call: rows and new positions."""
-        for name in ("input_ids", "inputs_embeds"):
-            if inputs.get(name) is not None:
-                return inputs[name].shape[:2]
+        for name in ("input_ids", "inputs_embeds", *self.spec.audio_inputs):
+            given = inputs.get(name)
+            if isinstance(given, Tensor) and given.dim() >= 2:
+                return given.shape[:2]
         return None
+
+    def batch(self, inputs: Mapping[str, Any]) -> int | None:
+        """Rows of the batch that ``generate`` is given, also in a dictionary, if they are known."""
+        names = ("inputs", "input_ids", "inputs_embeds", *self.spec.audio_inputs)
+        every = [inputs, *(x for x in inputs.values() if isinstance(x, Mapping))]
+        given = (mapping.get(name) for mapping in every for name in names)
+        return next((len(x) for x in given if isinstance(x, (Tensor, list, tuple))), None)
+
+    def prompted(self, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The first call in a ``generate`` with what was ``given`` to that.
+
+        Some hosts put audio among the embeddings before they call themselves. Where it is, is known
+        by the prompt still.
+        """
+        ids, embeds = given.get("input_ids", given.get("inputs")), inputs.get("inputs_embeds")
+        if inputs.get("input_ids") is not None or embeds is None or not isinstance(ids, Tensor):
+            return inputs
+        if ids.shape[1:] != embeds.shape[1:2] or len(embeds) % len(ids):
+            return inputs
+        return {**inputs, "input_ids": ids.repeat_interleave(len(embeds) // len(ids), 0)}
 
     def audio(self, inputs: Mapping[str, Any], mask: Tensor | None = None) -> Tensor:
         """Which positions ``[R, S]`` of one call are audio: those of ``mask`` ``[B, S]``, if given.
@@ -366,7 +536,7 @@ class Host:
                     "id; pass input_ids instead of inputs_embeds, or say where the audio is with "
                     "audio_mask(mask), or use disable_adapter()."
                 )
-            return ids == self.audio_token_id
+            return torch.stack([ids == token for token in self.audio_tokens]).any(0)
         if shape is None or shape[1] != mask.shape[1] or shape[0] % len(mask):
             raise HostError(
                 f"mask is {list(mask.shape)} for a call of {list(shape or ())} rows and positions; "
@@ -397,8 +567,11 @@ class Host:
             )
         prints: Sequence[int | None] = [None] * len(runs)
         if fingerprints and mask is None and not self.spec.streaming:
-            features = inputs[self.spec.audio_inputs[0]]
-            prints = fingerprint(features) if len(features) == len(runs) else prints
+            features = self.spec.features(inputs, self.spec, [b - a for _, a, b in runs])
+            if len(features) == len(runs):
+                # clips of one length are hashed at once
+                stacks = [features] if isinstance(features, Tensor) else [x[None] for x in features]
+                prints = [mark for stack in stacks for mark in fingerprint(stack)]
         elif fingerprints and inputs.get("inputs_embeds") is not None:
             embeds = inputs["inputs_embeds"]
             prints = [fingerprint(embeds[r : r + 1, a:b])[0] for r, a, b in runs]
@@ -431,17 +604,57 @@ def _look_up(config: Any, path: str) -> Any:
     return config
 
 
+def _spec_of(model: Any) -> HostSpec:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if isinstance(model, nn.Module):
+        for spec in reversed(_SPECS.values()):  # the last one registered counts
+            same = spec.recognise(model) if spec.recognise else spec.model_type == model_type
+            if same:
+                return spec
+    raise HostError(
+        f"model is a {type(model).__name__} of model_type {model_type!r}; known hosts are "
+        f"{sorted(_SPECS)}. Describe it with register_host(HostSpec(...))."
+    )
+
+
+def _part(model: nn.Module, path: str, field: str) -> nn.Module:
+    """The submodule at ``path``, which ``HostSpec.field`` says there is."""
+    try:
+        return attrgetter(path)(model)
+    except AttributeError:
+        raise HostError(
+            f"{type(model).__name__} has no {path!r}; name the right part in HostSpec({field}=...)."
+        ) from None
+
+
+def placed(embeds: Tensor, audio: Sequence[Tensor]) -> Tensor:
+    """Which positions ``[R, S]`` of ``embeds`` ``[R, S, Dm]`` hold a vector of ``audio``.
+
+    Vectors of each of ``audio``, ``[..., Dm]``, are the same bit for bit in the dtype of
+    ``embeds``. Zeros are padding wherever they stand.
+    """
+    here = _hashes(embeds.flatten(0, 1))  # [R * S]
+    rows = [x.to(embeds).flatten(0, -2) for x in audio]
+    found = torch.isin(here, torch.cat([_hashes(x) for x in rows])) & (here != 0)
+    return found.view(embeds.shape[:2])
+
+
 def fingerprint(features: Tensor) -> list[int]:
     """A 64-bit hash of each entry of ``features`` ``[N, ...]``.
 
     Integer arithmetic modulo 2^64: the same on every device, in any order of summation, and only
     ``8 N`` bytes leave the device.
     """
-    size = features.element_size()
+    hashes: list[int] = _hashes(features.flatten(1)).tolist()
+    return hashes
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """Hashes ``[N]`` of ``rows`` ``[N, K]``; 0 for one of zeros."""
+    size = rows.element_size()
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    words = features.detach().contiguous().view(integer).flatten(1).long()
+    words = rows.detach().contiguous().view(integer).long()
     # odd pseudo-random factors: a change of any single word changes the hash
     factor = torch.arange(1, words.shape[1] + 1, device=words.device) * -0x61C8864680B583EB
     factor = (factor ^ (factor >> 29)) * -0x40A7B892E31B1A47 | 1
-    hashes: list[int] = (words * factor).sum(1).tolist()
-    return hashes
+    return (words * factor).sum(1)

@@ -90,6 +90,18 @@ class MemoryState(NamedTuple):
         finite = [t.isfinite().flatten(1).all(1) for t in (*self.weights, *self.momentum)]
         return torch.stack(finite).all(0)
 
+    def norm(self) -> Tensor:
+        """``[B, H]``: Frobenius norm of each head's weights and momentum together.
+
+        In float64, where no finite float32 state overflows. A norm that keeps growing is a memory
+        that diverges; ``MALConfig.max_state_norm`` bounds it.
+        """
+        norms = [
+            torch.linalg.vector_norm(t.flatten(2), dim=2, dtype=torch.float64)
+            for t in (*self.weights, *self.momentum)
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
     def map(self, f: Callable[[Tensor], Tensor]) -> MemoryState:
         """The state with ``f`` applied to each of its tensors, ``position`` too."""
         weights, momentum = (tuple(f(t) for t in field) for field in self[:2])

@@ -147,6 +147,10 @@ def make_inputs(
     return Inputs._make([q, k, v, lr, *rates, state, options]).to(dtype)
 
 
+# matrix products; the factors are their last positional arguments
+PRODUCTS = [getattr(torch.ops.aten, f).default for f in ("mm", "bmm", "addmm", "baddbmm")]
+
+
 class low_precision(TorchDispatchMode):
     """Rounds the operands of every matrix product to ``dtype``: what tensor cores are given.
 
@@ -165,8 +169,9 @@ class low_precision(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            args = tuple(x.to(self.dtype).to(x.dtype) for x in args)
+        if func in PRODUCTS:
+            added, factors = args[:-2], args[-2:]
+            args = (*added, *(x.to(self.dtype).to(x.dtype) for x in factors))
         return func(*args, **(kwargs or {}))
 
 

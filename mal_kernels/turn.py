@@ -5,17 +5,19 @@ What is remembered does not change before the last statement of :meth:`Turn.comm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dialogue import EMPTY, Dialogue, Snapshot
+from .dialogue import Dialogue
 from .errors import ArgumentError, HostError
-from .hosts import Clip, Host
+from .hosts import Clip, Host, placed
 from .memory import NeuralMemory
 from .ops import MemoryUpdate
+from .snapshot import EMPTY, Snapshot
 from .state import MemoryState
 
 NAN = float("nan")
@@ -35,7 +37,8 @@ class TurnReport:
 
     Attributes:
         rows: dialogues in the batch.
-        skipped: writes left out because what was heard, or the result, was not finite.
+        skipped_by_row: writes left out per dialogue, because what was heard, or the result, was not
+            finite, or because a head would have grown beyond ``MALConfig.max_state_norm``.
 
     Example:
         >>> from mal_kernels import MALAdapter, MALConfig
@@ -49,7 +52,7 @@ class TurnReport:
     """
 
     def __init__(self, rows: int, memory: NeuralMemory) -> None:
-        self.rows, self.skipped, self._memory = rows, 0, memory
+        self.rows, self.skipped_by_row, self._memory = rows, [0] * rows, memory
         self._before: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, Dm] of each new clip
         self._after: list[list[Tensor]] = [[] for _ in range(rows)]
         self._surprise: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, H] of each write
@@ -62,6 +65,11 @@ class TurnReport:
     def wrote(self, row: int, surprise: Tensor) -> None:
         """Adds a write to the memory that ``row`` reads."""
         self._surprise[row].append(surprise.detach())
+
+    @property
+    def skipped(self) -> int:
+        """Writes left out, of all dialogues."""
+        return sum(self.skipped_by_row)
 
     @property
     def tokens(self) -> list[int]:
@@ -109,20 +117,26 @@ class Turn:
     Args:
         memory: the module that reads and writes.
         dialogue: the dialogues of the batch; ``None``: each row is one of its own and is not kept.
+        given: arguments of the call, of ``forward`` or ``generate``.
         batch: rows of the batch as the user gave it; the host may repeat each row, as for beams.
         generating: whether the call is ``generate``, which commits when it returns.
+        max_state_norm: bound of a head's state; a write that would exceed it is left out.
     """
 
     def __init__(
         self,
         memory: NeuralMemory,
         dialogue: Dialogue | None,
+        given: Mapping[str, Any],
         batch: int | None = None,
         *,
         generating: bool = False,
+        max_state_norm: float | None = None,
     ) -> None:
         self.memory, self.dialogue = memory, dialogue
-        self.batch, self.generating = batch, generating
+        self.given, self.batch, self.generating = given, batch, generating
+        self.projected: list[Tensor] = []  # [..., Dm], audio that is to be found in the embeddings
+        self.max_state_norm = math.inf if max_state_norm is None else max_state_norm
         # shape [R, S] of the hidden states that belong to a call with audio and are still to come
         self.waiting: torch.Size | None = None
         self.rounds: list[list[Spoken]] = []
@@ -163,6 +177,22 @@ class Turn:
         else:
             self._open(clips)
         self.waiting = shape
+
+    def find(self, host: Host, embeds: Tensor, attention: Any) -> None:
+        """Hears ``embeds`` ``[R, S, Dm]`` where they are the audio that was projected.
+
+        Raises:
+            HostError: nowhere.
+        """
+        mask = placed(embeds, self.projected)
+        self.projected = []
+        if not mask.any():
+            raise HostError(
+                f"none of the embeddings that {host.spec.projector!r} returned is among those that "
+                "the decoder is given; name the module after which the host does not change them "
+                "any more in HostSpec(projector=...)."
+            )
+        self.hear(host, {"inputs_embeds": embeds, "attention_mask": attention}, mask)
 
     def _open(self, clips: list[list[Clip]]) -> None:
         """Looks up what each row remembers, which clips are new, and in what order they come."""
@@ -205,6 +235,18 @@ class Turn:
         Raises:
             HostError: the hidden states do not line up with ``input_ids``.
         """
+        width = len(self.memory.norm)
+        if not (isinstance(hidden, Tensor) and hidden.is_floating_point()) or hidden.is_meta:
+            kind = f"{hidden.dtype} on {hidden.device}" if isinstance(hidden, Tensor) else hidden
+            raise HostError(
+                f"hidden states are {str(kind)[:80]}; pass a floating point tensor of {width} "
+                "features."
+            )
+        if hidden.shape[:-1] == self.waiting and hidden.shape[-1] != width:
+            raise HostError(
+                f"hidden states are {list(hidden.shape)}, but the adapter is for {width} features; "
+                "attach it to a host of its kind."
+            )
         if hidden.shape[:-1] != self.waiting:
             raise HostError(
                 f"hidden states are {list(hidden.shape)} for input_ids {list(self.waiting or ())}: "
@@ -235,8 +277,9 @@ class Turn:
 
         Raises:
             HostError: the host ran without passing the site.
+            StoreError: see :meth:`DialogueStore.commit`.
         """
-        if self.waiting is not None:
+        if self.waiting is not None or self.projected:
             raise HostError(
                 "the host was given audio but no hidden states passed the site of the adapter; "
                 "name the right decoder in HostSpec(decoder=...)."
@@ -249,7 +292,10 @@ class Turn:
                 clips.setdefault(row, []).append(tokens)
             last = [(row, torch.cat(parts)) for row, parts in clips.items()]
             snapshots = self._snapshots(self.dialogue, self._write(self.state, last))
-            self.dialogue.store.commit(snapshots)
+            past = dict(zip(self.dialogue.ids, self.past, strict=True))
+            self.dialogue.store.commit(snapshots, past)
+        if self.dialogue is not None:
+            self.dialogue.last_turn = self.report
         return self.report
 
     def _snapshots(self, dialogue: Dialogue, state: MemoryState) -> dict[str, Snapshot]:
@@ -272,20 +318,23 @@ class Turn:
         """One row per slot."""
         if self.dialogue is None:
             return self.memory.initial_state(len(self.slots)).to(device)
-        keys = [(self.dialogue.ids[row], who) for row, who in self.slots]
-        return self.dialogue.store.gather(keys, device)
+        keys = [(self.past[row], who) for row, who in self.slots]
+        return self.dialogue.store.rows(keys, device)
 
     def _write(self, state: MemoryState, clips: Sequence[tuple[int, Tensor]]) -> MemoryState:
         """``state`` after one clip ``[T, Dm]`` each of some rows, in every memory of those rows.
 
-        Without what is not finite: left in, one bad row would turn the gradients of all to NaN.
+        Without what is not finite, or explodes: left in, one bad row would turn the gradients of
+        all to NaN.
         """
         writes = [(slot, tokens) for row, tokens in clips for slot in self._slots_of(row)]
         writes = self._keep(writes, [tokens.isfinite().all() for _, tokens in writes])
         if not writes:
             return state
         update = self._update(state, writes)
-        kept = self._keep(writes, list(update.state.is_finite()))
+        # false for NaN, and with no bound for infinity
+        bounded = (update.state.detach().norm() < self.max_state_norm).all(1)
+        kept = self._keep(writes, list(bounded))
         if not kept:
             return state
         if len(kept) < len(writes):
@@ -299,10 +348,11 @@ class Turn:
         return MemoryState.cat([state, update.state]).index_select(_indices(order, state))
 
     def _keep(
-        self, writes: list[tuple[int, Tensor]], finite: list[Tensor]
+        self, writes: list[tuple[int, Tensor]], good: list[Tensor]
     ) -> list[tuple[int, Tensor]]:
-        flags = torch.stack(finite).tolist() if finite else []
-        self.report.skipped += flags.count(False)
+        flags = torch.stack(good).tolist() if good else []  # one transfer from the device
+        for (slot, _), ok in zip(writes, flags, strict=True):
+            self.report.skipped_by_row[self.slots[slot][0]] += not ok
         return [write for write, ok in zip(writes, flags, strict=True) if ok]
 
     def _update(self, state: MemoryState, writes: Sequence[tuple[int, Tensor]]) -> MemoryUpdate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -23,22 +24,18 @@ from mal_kernels._triton import aot
 MODULES = aot.kernel_modules()
 # spill instructions allowed: other versions of Triton allocate registers a little differently
 SPILLS = 0 if triton.__version__.startswith("3.6.") else 64
-# sizes that auto would not choose, and what they spill today
-KNOWN_SPILLS = {
-    ("read_scores_bwd_kernel", "D128 E512 norm bf16"): 28,
-    ("factors_bwd_kernel", "D128 E512 norm bf16"): 208,
-    ("read_queries_bwd_kernel", "D64 E128 chunk 32 fp32"): 4,
-    ("memory_read_bwd_q_kernel", "D128 E512 fp32 norm"): 12,
-    ("aligned_bwd_tokens_kernel", "Dm1024 D128 depth 1 bf16"): 29,
-}
 
 
 @functools.cache
 def reports(name, target):
-    # all sizes for the GPU that the sizes were chosen for, two for the others
-    return aot.reports(MODULES[name], target, at_most=None if target == "sm_90" else 2)
+    # all sizes and all that autotuning may choose for the GPU that the sizes were chosen for, two
+    # pinned ones for the others
+    chosen = target == "sm_90"
+    with mock.patch.dict(os.environ, MAL_AUTOTUNE=str(int(chosen))):
+        return aot.reports(MODULES[name], target, at_most=None if chosen else 2)
 
 
+@pytest.mark.timeout(1200)  # two minutes of work for the largest module
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles(target, name):
@@ -47,8 +44,7 @@ def test_compiles(target, name):
         assert not report.int32_offsets, report
         assert not report.narrow_dots or report.mma, f"no tensor cores: {report}"
         if target == "sm_90":
-            known = KNOWN_SPILLS.get((report.kernel, report.example), 0)
-            assert report.spills <= max(known, SPILLS), report
+            assert report.spills <= SPILLS, report
 
 
 def test_every_kernel_has_an_example():

@@ -20,13 +20,13 @@ PACKAGE = ROOT / "mal_kernels"
 LAYERS = (
     ("errors",),
     ("state", "grid", "config", "checkpoint", "hosts"),
-    ("reference", "_triton", "_cuda"),
+    ("reference", "_triton", "_cuda", "snapshot", "store"),
     ("ops",),
     ("memory", "dialogue", "zoo"),
     ("turn",),
     ("adapter",),
     ("testing", "__init__"),
-    ("demo",),
+    ("demo", "integrations"),
     ("cli", "__main__"),
 )
 LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
@@ -80,7 +80,7 @@ def run_python(code: str) -> str:
 
 
 def test_import_loads_torch_only():
-    heavy = ["transformers", "triton", "peft", "matplotlib", "typer", "rich", "soundfile", "soxr"]
+    heavy = ["transformers", "triton", "peft", "matplotlib", "typer", "rich", "soundfile", "redis"]
     code = "import json, sys, {}; print(json.dumps([m for m in {} if m in sys.modules]))"
     by_torch = json.loads(run_python(code.format("torch", heavy)))
     by_us = json.loads(run_python(code.format("mal_kernels", heavy)))

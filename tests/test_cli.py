@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -30,6 +31,34 @@ def test_doctor_says_what_is_wrong_with_the_environment(monkeypatch):
     result = invoke("doctor")
     assert result.exit_code == 1
     assert "cannot be used: MAL_BACKEND: got 'tritno'" in result.output
+
+
+def test_doctor_compiles_the_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from mal_kernels._triton import aot, decode
+
+    few = SimpleNamespace(EXAMPLES=dict([*decode.EXAMPLES.items()][:1]))
+    monkeypatch.setattr(aot, "kernel_modules", lambda: {"decode": few})
+    result = invoke("doctor", "--kernels", "--target", "sm_80")
+    assert result.exit_code == 0
+    (report,) = aot.reports(few, "sm_80")
+    (line,) = [line for line in result.output.splitlines() if "decode_fwd_kernel" in line]
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    numbers = [report.registers, report.spills, report.shared, report.mma]
+    assert cells == [report.kernel, report.example, *map(str, numbers)]
+
+
+@pytest.mark.parametrize(
+    ("interpret", "target", "message"),
+    [("1", "sm_90", "unset it"), ("0", "sm_90a", "got 'sm_90a', expected one of")],
+)
+def test_doctor_says_why_it_compiles_nothing(interpret, target, message, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    result = invoke("doctor", "--kernels", "--target", target)
+    assert result.exit_code == 1
+    assert message in result.stderr
 
 
 def test_errors_are_messages_and_not_tracebacks(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mal_kernels import MALConfig, MemoryState, NeuralMemory
+from mal_kernels.checkpoint import UNSIGNED
 from mal_kernels.dialogue import EMPTY, Dialogue, DialogueStore, Snapshot
-from mal_kernels.errors import ArgumentError, CheckpointError
+from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 
 CONFIG = MALConfig(heads=2, head_dim=4, hidden_size=8, residual_norm=True)
 
@@ -187,15 +190,21 @@ def test_a_failing_save_leaves_the_old_file(saved, monkeypatch):
     store, path = saved
     before = path.read_bytes()
 
-    def full_disk(self, data):
-        self.open("wb").close()
+    def full_disk(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(type(path), "write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(StoreError, match=r"cannot write .*no space"):
         store.save(path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_where_nothing_can_be_written(saved, tmp_path):
+    store, path = saved
+    for target in (tmp_path, tmp_path / "no" / "folder", "nul\0l", path / "below a file"):
+        with pytest.raises(StoreError, match="cannot write"):
+            store.save(target)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +219,17 @@ def test_states_of_another_configuration(saved, field, value):
 
 
 def rewrite(path, change) -> None:
-    """Saves the file again with ``change(tensors, header)`` applied."""
+    """Saves the file again, with a right checksum, after ``change(tensors, header)``."""
     tensors = load_file(path)
     raw = path.read_bytes()
     metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     header = json.loads(metadata["mal_kernels"])
+    header["checksum"] = UNSIGNED
     change(tensors, header)
     save_file(tensors, path, metadata={**metadata, "mal_kernels": json.dumps(header)})
+    blob = path.read_bytes()
+    checksum = hashlib.sha256(blob).hexdigest()
+    path.write_bytes(blob.replace(UNSIGNED.encode(), checksum.encode(), 1))
 
 
 def drop(tensors, header):
@@ -243,6 +256,34 @@ def newer(tensors, header):
     header["version"] = 99
 
 
+def no_version(tensors, header):
+    header["version"] = True
+
+
+def no_checksum(tensors, header):
+    del header["checksum"]
+
+
+def wrong_checksum(tensors, header):
+    header["checksum"] = "1" * 64
+
+
+def odd_checksum(tensors, header):
+    header["checksum"] = "é" * 64
+
+
+def twice_the_same(tensors, header):
+    header["dialogues"][1]["id"] = "a"
+
+
+def speaker_twice(tensors, header):
+    header["dialogues"][0]["speakers"] = ["A", "A"]
+
+
+def a_million_speakers(tensors, header):
+    header["dialogues"].append({"id": "x", "speakers": [*map(str, range(10**6))], "clips": []})
+
+
 def adapter_file(tensors, header):
     header["kind"] = "adapter"
 
@@ -267,8 +308,15 @@ def bad_clip(tensors, header):
         (fewer_rows, r"weights.1 is float32 \[2, 2, 8, 4\], expected float32 \[3, 2, 8, 4\]"),
         (half, r"weights.0 is float16"),
         (not_finite, r"weights.0 has values that are not finite"),
-        (newer, r"not 'dialogues' of version 1"),
-        (adapter_file, r"not 'dialogues' of version 1"),
+        (newer, r"newer mal_kernels \(format 99; this one reads up to 2\)"),
+        (no_version, r"not 'dialogues' written by"),
+        (adapter_file, r"not 'dialogues' written by"),
+        (no_checksum, r"checksum of .* does not match"),
+        (wrong_checksum, r"checksum of .* does not match"),
+        (odd_checksum, r"checksum of .* does not match"),
+        (twice_the_same, r"list of dialogues .* damaged"),
+        (speaker_twice, r"list of dialogues .* damaged"),
+        (a_million_speakers, r"weights.0 is .*, expected float32 \[1000003, 2, 4, 8\]"),
         (no_list, r"list of dialogues .* damaged"),
         (bad_speaker, r"list of dialogues .* damaged"),
         (bad_clip, r"list of dialogues .* damaged"),
@@ -277,10 +325,10 @@ def bad_clip(tensors, header):
 def test_damaged_contents(saved, change, match):
     store, path = saved
     rewrite(path, change)
-    before = store._histories
+    before = {name: store.latest(name) for name in store}
     with pytest.raises(CheckpointError, match=match):
         store.load(path)
-    assert store._histories is before
+    assert {name: store.latest(name) for name in store} == before
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])

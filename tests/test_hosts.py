@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,8 @@ from mal_kernels import HostSpec, MALAdapter, MALConfig, hosts, register_host
 from mal_kernels.errors import ArgumentError, HostError
 from mal_kernels.hosts import Clip, Host, find_decoder, fingerprint, last_effective_layer
 from mal_kernels.testing import tiny_host, tiny_inputs
-from mal_kernels.zoo import ENCODERS, RECIPES, STREAMING
+from mal_kernels.zoo import ENCODERS, RECIPES, REPLICAS, STREAMING
+from tests import hosts_table
 
 
 @pytest.fixture(autouse=True)
@@ -103,18 +105,54 @@ def test_register_host_makes_a_host_known():
     with pytest.raises(HostError, match=r"config.audio_config.marker.*None"):
         Host.of(host)
     host.config.audio_config.marker = 7
-    assert Host.of(host).audio_token_id == 7
+    assert Host.of(host).audio_tokens == (7,)
     with pytest.raises(ArgumentError, match="pass a HostSpec"):
         register_host("my_audio_llm")  # type: ignore[arg-type]
+
+
+def test_the_last_registered_host_counts():
+    model = tiny_host("audio_flamingo")
+    model.config = SimpleNamespace(model_type="my_audio_llm")
+    assert Host.of(model).spec.model_type == "audio_flamingo"
+    spec = HostSpec(
+        "my_audio_llm", audio_token=None, encoder="audio_transformer", width="audio_embed_dim"
+    )
+    register_host(spec)
+    assert Host.of(model).spec is spec
 
 
 def test_every_host_with_an_audio_token_is_in_the_zoo():
     specs = hosts._SPECS.items()
     assert {name for name, spec in specs if spec.audio_token} == set(RECIPES)
-    assert {name for name, spec in specs if spec.encoder} == set(ENCODERS)
+    flamingos = {"audio_flamingo", "audio_flamingo_2"}
+    assert {name for name, spec in specs if spec.encoder} == set(ENCODERS) | flamingos
+    projectors = {name for name, spec in specs if spec.projector}
+    assert projectors == set(REPLICAS) - flamingos
     assert {name for name, spec in specs if spec.streaming} == set(STREAMING)
     with pytest.raises(ArgumentError, match=r"'moon_audio'.*'voxtral'"):
         tiny_host("moon_audio")
+
+
+def test_the_committed_table_is_of_the_registered_hosts_and_the_kept_results():
+    text = {name for name, spec in hosts._SPECS.items() if not spec.audio_inputs}
+    assert set(hosts_table.kinds()) == set(hosts._SPECS) - text
+    results = hosts_table.load()
+    table = hosts_table.TABLE.read_text()
+    assert hosts_table.render(results) in table
+    rows = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert rows == set(hosts._SPECS) - text
+    unverified = {name for name in rows if not hosts_table.verified(results, name)}
+    assert not unverified
+
+
+def test_a_host_with_a_failed_test_is_not_verified():
+    results = {
+        "5.9.0": {"whisper": {"passed": 3}},
+        "5.23.0": {"whisper": {"passed": 2, "failed": 1}, "csm": {"skipped": 3}},
+        "5.17.0": {"whisper": {"passed": 2, "skipped": 1}},
+    }
+    assert hosts_table.verified(results, "whisper") == ["5.17.0", "5.9.0"]
+    assert hosts_table.verified(results, "csm") == []
 
 
 def test_a_part_of_the_model_hears():
@@ -162,7 +200,7 @@ def test_clips_are_runs_of_audio_tokens(side):
 
 def test_clips_at_both_ends_and_side_by_side_with_text():
     host = Host.of(tiny_host("qwen2_audio"))
-    a = host.audio_token_id
+    a = host.audio_tokens[0]
     inputs = {"input_ids": torch.tensor([[a, a, 5, a]]), "input_features": torch.zeros(1, 8, 40)}
     # two runs and one entry of features: which belongs to which is not known
     assert host.clips(inputs, fingerprints=True) == [[Clip(0, 2, None), Clip(3, 4, None)]]
@@ -198,7 +236,8 @@ def test_what_an_encoder_hears(name, options):
     model = tiny_host(name).requires_grad_(False)
     first, second = (tiny_inputs(model, [[5], [4]], seed=seed) for seed in range(2))
     clean = [(model(**x).logits, model.generate(**x, **options)) for x in (first, second)]
-    encoded = model.get_encoder()(first["input_features" if name == "whisper" else "input_values"])
+    heard = next(value for key, value in first.items() if key in ("input_features", "input_values"))
+    encoded = model.get_encoder()(heard)
     mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
     with mal.dialogue(["a", "b"]) as dialogue:
         for x, (logits, ids) in zip((first, second), clean, strict=True):
@@ -215,17 +254,35 @@ def test_what_an_encoder_hears(name, options):
     assert (remembering != model(**first).logits).any(-1).all()
     mal.detach()
     assert torch.equal(model(**first).logits, clean[0][0])
-    features = first["input_features" if name == "whisper" else "input_values"]
-    assert torch.equal(model.get_encoder()(features)[0], encoded[0])
+    assert torch.equal(model.get_encoder()(heard)[0], encoded[0])
 
 
-def test_an_encoder_hears_only_what_is_not_padding():
-    model = tiny_host("moonshine")
-    inputs = tiny_inputs(model, [[5], [3]])
+@pytest.mark.parametrize("name", sorted(set(ENCODERS) - {"whisper"}))  # it hears all of its window
+def test_an_encoder_hears_only_what_is_not_padding(name):
+    model = tiny_host(name)
+    inputs = tiny_inputs(model, [[10], [3]])
     mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
     with mal.dialogue(["a", "b"]):
         model(**inputs)
-    assert mal.last_turn.tokens == [5, 3]
+    # the convolutions of Moonshine-Streaming carry sound three tokens on
+    assert mal.last_turn.tokens == ([10, 6] if name == "moonshine_streaming" else [10, 3])
+
+
+def test_an_interrupted_encoder_does_not_disturb_the_next_call():
+    model = tiny_host("whisper")
+    inputs = tiny_inputs(model, [[5]])
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(model)
+    with mal.dialogue("a") as dialogue:
+        handle = model.model.decoder.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        handle.remove()
+        model.generate(**inputs)
+    assert dialogue.turns == [1]
 
 
 def test_an_encoder_is_the_only_site_and_runs_once():
@@ -251,7 +308,8 @@ def test_a_streaming_host_writes_what_all_steps_heard(name, site):
     first, second = (tiny_inputs(model, [[8], [8]], seed=seed) for seed in range(2))
     asked = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     clean = [model.generate(**x, **asked).logits for x in (first, second)]
-    steps = 4 if name == "kyutai_speech_to_text" else 5  # a prompt of two tokens
+    # four tokens more than the first; the prompt of Moshi has one of its own before the eight
+    steps = {"kyutai_speech_to_text": 1, "voxtral_realtime": 2, "moshi": 9}[name] + 3
 
     mal = MALAdapter(MALConfig(heads=2, head_dim=8, site=site)).attach(model)
     with mal.dialogue(["a", "b"]) as dialogue:

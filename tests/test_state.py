@@ -40,6 +40,20 @@ def test_finite_by_row():
     assert state.is_finite().tolist() == [True, False, False]
 
 
+def test_norm_by_row_and_head():
+    state = make_inputs(batch=3, residual_norm=True).state
+    every = [t.double() for t in (*state.weights, *state.momentum)]
+    for row in range(3):
+        for head in range(2):
+            flat = torch.cat([t[row, head].flatten() for t in every])
+            torch.testing.assert_close(state.norm()[row, head], flat.norm())
+    large = state.map(lambda t: t.float() * 1e38)  # whose squares are no float32
+    assert large.norm().isfinite().all()
+    state.weights[0][1, 0, 0, 0] = float("inf")
+    state.momentum[1][2, 0, 0, 0] = float("nan")
+    assert state.norm().isfinite().tolist() == [[True, True], [False, True], [False, True]]
+
+
 def test_detach_cuts_the_graph():
     inputs = make_inputs(position=True).map(lambda t: t.requires_grad_())
     assert inputs.state.weights[0].requires_grad

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mal_kernels import ops
-from mal_kernels.testing import assert_parity, make_inputs
+from mal_kernels.testing import assert_parity, low_precision, make_inputs
 
 
 def late_decay(q, k, v, lr, momentum, decay, state, **options):
@@ -103,3 +103,14 @@ def test_nan_is_seen():
 
     with pytest.raises(AssertionError, match="output"):
         assert_parity(function, inputs(torch.float32))
+
+
+def test_low_precision_rounds_every_kind_of_product():
+    a, b = torch.randn(2, 3, 5), torch.randn(2, 5, 4)
+    zeros = torch.zeros(2, 3, 4)
+    rounded = torch.bmm(*(x.bfloat16().float() for x in (a, b)))
+    with low_precision(torch.bfloat16):
+        assert torch.equal(a @ b, rounded)
+        assert torch.equal(torch.baddbmm(zeros, a, b), rounded)
+        assert torch.equal(a[0] @ b[0], rounded[0])
+        assert torch.equal(torch.addmm(zeros[0], a[0], b[0]), rounded[0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mal_kernels import BackendUnavailable, MemoryState, ops, reference
+from mal_kernels import ArgumentError, BackendUnavailable, MemoryState, ops, reference
 from mal_kernels.memory import NeuralMemory
 from mal_kernels.testing import assert_parity, make_inputs, results
 
@@ -33,6 +33,7 @@ CASES = {
     "norm": dict(SMALL, heads=2, residual_norm=True, init=True, max_grad_norm=0.5),
     "linear norm": dict(SMALL, depth=1, residual_norm=True, init=True, max_grad_norm=0.3),
     "several slices": dict(SMALL, hidden=70, head_dim=20, activation="gelu_tanh"),
+    "wide heads": dict(SMALL, tokens=6, head_dim=64, hidden=40),
     "chunks of two tiles": dict(SMALL, tokens=50, chunk_size=24),
     "a chunk of several tiles": dict(SMALL, tokens=37, chunk_size=None, init=True),
     "chunks longer than are walked": dict(SMALL, tokens=140, chunk_size=130),
@@ -107,6 +108,41 @@ def test_update_is_the_write(case):
 
     for name, golden in results(reference, inputs.to(torch.float64)).items():
         torch.testing.assert_close(alone[name].double(), golden, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "case", "segments"),
+    [
+        (1, "linear norm", 3),
+        (2, "plain", 2),
+        (9, "plain", 1),
+        (1, "inside a chunk", 2),
+        (1, "ragged", 2),
+        (1, "chunk steps", 3),
+        (1, "ragged chunk steps", 1),  # its chunks end in different places
+    ],
+)
+def test_parity_with_checkpoints(spacing, case, segments, monkeypatch):
+    from mal_kernels._triton import neural_memory
+
+    walked, segment_bwd = [], neural_memory.segment_bwd
+
+    def segment(*args):
+        walked.append(args)
+        return segment_bwd(*args)
+
+    monkeypatch.setenv("MAL_CHECKPOINT_SPACING", str(spacing))
+    monkeypatch.setattr(neural_memory, "segment_bwd", segment)
+    assert_parity(memory, make_inputs(dtype=torch.float32, **CASES[case]))
+    assert len(walked) == segments
+
+
+@pytest.mark.parametrize("spacing", ["0", "two"])
+def test_checkpoint_spacing_is_a_number_of_chunks(spacing, monkeypatch):
+    monkeypatch.setenv("MAL_CHECKPOINT_SPACING", spacing)
+    inputs = make_inputs(dtype=torch.float32, **SMALL)
+    with pytest.raises(ArgumentError, match="MAL_CHECKPOINT_SPACING"):
+        results(memory, inputs)
 
 
 # --- behaviour ------------------------------------------------------------------------------------

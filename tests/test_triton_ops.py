@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import torch
+from parity import DEVICE, DTYPES, INTERPRETED, assert_same, counted_launches, values_and_gradients
 from torch.library import opcheck
 
-from mal_kernels import BackendUnavailable, MemoryState, NeuralMemory, ops, reference
-from mal_kernels.testing import assert_within_budget, low_precision, make_inputs
+from mal_kernels import (
+    ArgumentError,
+    BackendUnavailable,
+    MemoryState,
+    NeuralMemory,
+    ops,
+    reference,
+)
+from mal_kernels.testing import make_inputs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs the interpreter, TRITON_INTERPRET=1, or a GPU", allow_module_level=True)
-
-if INTERPRETED:
-    import interpreter
-
-    interpreter.install()
-else:
-    pytestmark = pytest.mark.gpu
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 def on_device(op):
@@ -36,37 +31,6 @@ def on_device(op):
         return out.cpu() if isinstance(out, torch.Tensor) else tuple(x.cpu() for x in out)
 
     return run
-
-
-def values_and_gradients(function, tensors):
-    """Outputs of ``function(*tensors)`` and gradients of a fixed random loss over all of them."""
-    tensors = [t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*tensors)
-    out = [out] if isinstance(out, torch.Tensor) else list(out)
-    g = torch.Generator().manual_seed(1)
-    noise = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in out]
-    loss = sum((x * n.to(x.dtype)).sum() for x, n in zip(out, noise, strict=True))
-    grads = torch.autograd.grad(loss, tensors, materialize_grads=True, allow_unused=True)
-    named = {f"output {i}": x.detach() for i, x in enumerate(out)}
-    return named | {f"grad {i} {list(g.shape)}": g for i, g in enumerate(grads)}
-
-
-def assert_same(function, golden_function, tensors, dtype):
-    """``function`` on ``tensors`` within the budget of its dtype around the float64 golden."""
-    high = values_and_gradients(golden_function, [t.double() for t in tensors])
-    twin = None
-    if dtype != torch.float32:
-        with low_precision(dtype):
-            twin = values_and_gradients(golden_function, [t.float() for t in tensors])
-    for name, actual in values_and_gradients(function, tensors).items():
-        assert_within_budget(
-            name,
-            actual,
-            high[name],
-            gradient=name.startswith("grad"),
-            twin=None if twin is None else twin[name],
-            dtype=dtype,
-        )
 
 
 # --- memory_read ----------------------------------------------------------------------------------
@@ -235,20 +199,73 @@ def test_aligned_residual_read(case, dtype):
     assert_same(op, golden, [hidden.to(dtype), *tensors], dtype)
 
 
-def test_aligned_read_in_place_and_elsewhere():
+def turn_of(case="one turn"):
+    """Arguments of both forms of the aligned read, on DEVICE."""
+    spec = ALIGNED[case]
+    _, _, (hidden, *tensors) = aligned(**spec)
+    hidden, *tensors = (t.to(DEVICE) for t in (hidden, *tensors))
+    index = (torch.tensor(spec[n], dtype=torch.int64, device=DEVICE) for n in ("index", "state"))
+    params = ops.ReadParams(*tensors[-4:])
+    state = MemoryState(tuple(tensors[:-4]), tuple(tensors[:-4]))
+    return hidden, *index, state, params
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("case", ["one turn", "unsorted states", "no audio"])
+def test_aligned_read_in_place(case, backend):
+    hidden, token_index, *rest = turn_of(case)
+    before = hidden.clone()
+    out = ops.aligned_residual_read(hidden, token_index, *rest, backend=backend)
+    assert torch.equal(hidden, before)
+    changed = (out != hidden).any(-1).flatten().nonzero().flatten()
+    assert torch.equal(changed, token_index.sort().values)
+    assert ops.aligned_residual_read_(hidden, token_index, *rest, backend=backend) is hidden
+    assert torch.equal(hidden, out)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_launches_of_the_aligned_read(in_place):
     from mal_kernels._triton.aligned_residual_read import aligned_fwd
 
-    op, _, tensors = aligned(**ALIGNED["one turn"])
-    tensors = [t.to(DEVICE) for t in tensors]
-    hidden, out = tensors[0], op(*tensors).to(DEVICE)
-    audio = torch.tensor(ALIGNED["one turn"]["index"], device=DEVICE)
-    changed = (out != hidden).any(-1).flatten().nonzero().flatten()
-    assert torch.equal(changed, audio)
-    state = torch.tensor(ALIGNED["one turn"]["state"], device=DEVICE)
-    args = (audio, state, tensors[1:3], tensors[3:], "gelu", False)
-    target = hidden.clone()
-    assert aligned_fwd(target, *args, in_place=True).data_ptr() == target.data_ptr()
-    assert torch.equal(target, out)
+    hidden, *index, state, params = turn_of("one turn")
+    args = (hidden, *index, list(state.weights), list(params), "gelu", False)
+    aligned_fwd(*args)  # compiles
+    with counted_launches() as count:
+        aligned_fwd(*args, in_place=in_place)
+    kernels = ("aligned_project_kernel", "aligned_read_kernel", "aligned_add_kernel")
+    assert all(count.pop(name) == 1 for name in kernels)
+    assert count.total() == (0 if in_place else 1)  # the copy of hidden
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_aligned_read_in_place_refuses(backend):
+    hidden, *rest, params = turn_of()
+    before = hidden.clone()
+    trained = params._replace(norm=params.norm.clone().requires_grad_())
+    for h, p in ((hidden.clone().requires_grad_(), params), (hidden, trained)):
+        with pytest.raises(ArgumentError, match=r"hidden: .* records gradients.*no_grad"):
+            ops.aligned_residual_read_(h, *rest, p, backend=backend)
+    with pytest.raises(ArgumentError, match="hidden: got strides"):
+        ops.aligned_residual_read_(hidden.mT.contiguous().mT, *rest, params, backend=backend)
+    short = params._replace(norm=params.norm[1:])
+    with pytest.raises(ArgumentError, match=r"params\.norm"):
+        ops.aligned_residual_read_(hidden, *rest, short, backend=backend)
+    assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_aligned_read_in_place_is_registered(backend):
+    hidden, token_index, state_index, state, params = turn_of()
+    index = (token_index, state_index)
+    args = (hidden.clone(), *index, list(state.weights), list(params), "gelu", False, backend)
+    opcheck(torch.ops.mal_kernels.aligned_residual_read_.default, args)
+
+    def function(hidden):
+        hidden = hidden + 1
+        return ops.aligned_residual_read_(hidden, *index, state, params, backend=backend) * 2
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden), function(hidden))
 
 
 def test_the_module_reads_through_triton(monkeypatch):
@@ -259,6 +276,58 @@ def test_the_module_reads_through_triton(monkeypatch):
     expected = memory.read(hidden, index, index // 10, state)
     monkeypatch.setenv("MAL_BACKEND", "triton")
     torch.testing.assert_close(memory.read(hidden, index, index // 10, state), expected)
+
+
+# --- autotuning -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The launches that autotuning times, of which it finds the second fastest."""
+    from mal_kernels._triton import autotune
+
+    calls = []
+
+    def milliseconds(tokens, launch):
+        launch()
+        calls.append(launch)
+        return len(calls) != 2
+
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "_fastest", {})
+    return calls
+
+
+def test_nothing_is_timed_unless_asked(timed):
+    op, _, tensors = read(READS["plain"])
+    op(*(t.float() for t in tensors))
+    assert not timed
+
+
+@pytest.mark.parametrize("case", ["memory_read", "aligned_residual_read"])
+def test_autotuning_times_once_a_size_and_changes_no_result(case, timed, monkeypatch):
+    from mal_kernels._triton import autotune
+
+    op, _, (x, *rest) = EVERY[case]()
+    tensors = [x.bfloat16(), *(t.float() for t in rest)]
+    pinned = op(*tensors)
+    monkeypatch.setenv("MAL_AUTOTUNE", "1")
+    for _ in range(2):
+        torch.testing.assert_close(op(*tensors), pinned)
+    ((key, chosen),) = autotune._fastest.items()
+    choices = autotune.configurations(dict(key[2:]), torch.bfloat16)
+    assert len(timed) == len(choices) >= 2
+    assert chosen == choices[1] != choices[0]
+
+
+def test_autotuning_in_place_adds_once(timed, monkeypatch):
+    hidden, *rest = turn_of()
+    hidden = hidden.bfloat16()
+    expected = ops.aligned_residual_read(hidden, *rest, backend="triton")
+    monkeypatch.setenv("MAL_AUTOTUNE", "1")
+    ops.aligned_residual_read_(hidden, *rest, backend="triton")
+    assert timed
+    torch.testing.assert_close(hidden, expected)
 
 
 # --- every op -------------------------------------------------------------------------------------

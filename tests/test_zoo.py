@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 
 from mal_kernels import MALAdapter, MALConfig
 from mal_kernels.errors import HostError
@@ -16,11 +17,17 @@ from mal_kernels.zoo import RECIPES, tiny_host, tiny_inputs
 SITES = ("embeds", "layer")
 CLIPS = [[5, 4], [3]]
 
-pytestmark = pytest.mark.parametrize("name", RECIPES)
+pytestmark = [
+    pytest.mark.parametrize("name", RECIPES),
+    # VibeVoice-ASR of transformers before 5.20 warns of itself
+    pytest.mark.filterwarnings("ignore:.acoustic_tokenizer_chunk_size:FutureWarning"),
+]
 
 
 @functools.cache
 def zoo(name: str) -> Host:
+    if not hasattr(transformers, RECIPES[name].model):
+        pytest.skip(f"transformers {transformers.__version__} has no {RECIPES[name].model}")
     # frozen from the start: PyTorch multiplies by a weight that requires grad in another way, and
     # the last bit differs
     return Host.of(tiny_host(name).requires_grad_(False))
@@ -50,6 +57,7 @@ def logits(host: Host, inputs) -> torch.Tensor:
 
 def generate(host: Host, inputs, **options) -> list[torch.Tensor]:
     """Tokens and the logits of every step."""
+    torch.manual_seed(0)  # VibeVoice speaks with noise
     asked = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 3}
     out = host.model.generate(**inputs, **asked, **options)
     return [out.sequences, *out.logits]
@@ -72,21 +80,26 @@ def at_site(host: Host, site: str, inputs) -> torch.Tensor:
             lambda m, args, kwargs: seen.extend([*args[:1], *map(kwargs.get, names)]),
             with_kwargs=True,
         )
-    host.model(**inputs)
+    logits(host, inputs)
     handle.remove()
     return next(x for x in seen if x is not None)
 
 
-def row_alone(inputs, row: int):
+def row_alone(name: str, inputs, row: int):
     """Row ``row`` of ``CLIPS`` as a batch of its own, without padding."""
     keep = inputs["attention_mask"][row].bool()
     first = sum(map(len, CLIPS[:row]))
     clips = slice(first, first + len(CLIPS[row]))
+    if RECIPES[name].rows:
+        clips = slice(row, row + 1)
     alone = {
-        name: x[clips] if isinstance(x, torch.Tensor) else x
-        for name, x in inputs.items()
-        if name not in ("input_ids", "attention_mask")
+        key: x[clips] if isinstance(x, torch.Tensor) else x
+        for key, x in inputs.items()
+        if key not in ("input_ids", "attention_mask")
     }
+    if "padding_mask" in alone and "input_values" in alone:  # nor of the clips
+        longest = int(alone["padding_mask"].sum(1).max())
+        alone |= {key: alone[key][..., :longest] for key in ("padding_mask", "input_values")}
     ids = inputs["input_ids"][row : row + 1, keep]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **alone}
 
@@ -115,7 +128,7 @@ def test_untrained_and_disabled_adapters_change_no_bit(name, site):
 def test_a_residual_changes_exactly_the_audio_positions(name, site):
     host = zoo(name)
     inputs = tiny_inputs(host.whole, [[5, 2], [3]])
-    audio = inputs["input_ids"] == host.audio_token_id
+    audio = inputs["input_ids"] == host.audio_tokens[0]
     before, clean = at_site(host, site, inputs), logits(host, inputs)
     with attached(host, site):
         after, answered = at_site(host, site, inputs), logits(host, inputs)
@@ -137,12 +150,14 @@ def test_a_call_writes_once_and_the_next_one_reads_it(name, site):
     host = zoo(name)
     first, second = (tiny_inputs(host.whole, [[4], [3]], seed=seed) for seed in range(2))
     decodings = {"greedy": {}, "beams": {"num_beams": 2}}
+    if not RECIPES[name].beams:
+        decodings["beams"] = {"do_sample": True}
     with attached(host, site) as mal:
         for how, options in decodings.items():
             with mal.dialogue([how, "b"]) as dialogue:
                 generate(host, first, **options)
                 assert dialogue.turns == [1, 1]
-                heard = (first["input_ids"] == host.audio_token_id).sum(1)
+                heard = (first["input_ids"] == host.audio_tokens[0]).sum(1)
                 assert mal.last_turn.tokens == heard.tolist()
                 assert mal.last_turn.skipped == 0
                 remembering = logits(host, second)
@@ -161,7 +176,7 @@ def test_each_row_of_a_batch_is_as_if_alone(name):
     with attached(host, "embeds"):
         together = logits(host, inputs)
         for row in range(len(CLIPS)):
-            alone = logits(host, row_alone(inputs, row))[0]
+            alone = logits(host, row_alone(name, inputs, row))[0]
             torch.testing.assert_close(together[row, -len(alone) :], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -179,12 +194,12 @@ def test_clips_are_known_again_by_what_is_heard(name):
 def test_no_layer_after_the_last_effective_one_reaches_the_text(name):
     host = zoo(name)
     inputs = tiny_inputs(host.whole, [[4], [3]])
-    audio = inputs["input_ids"] == host.audio_token_id
+    audio = inputs["input_ids"] == host.audio_tokens[0]
     clean = logits(host, inputs)[~audio]
 
     def reaches_text(layer: int) -> bool:
         # directions differ, or a norm would take the change out again
-        push = torch.randn(clean.shape[-1], generator=torch.Generator().manual_seed(0))[:32]
+        push = torch.randn(host.hidden_size, generator=torch.Generator().manual_seed(0))
         edit = functools.partial(
             host.edit_output, edit=lambda hidden: hidden + audio[..., None] * push
         )
@@ -214,7 +229,7 @@ def test_detach_leaves_nothing_behind(name, site):
         return hooks, attributes, trains
 
     inputs = tiny_inputs(host.whole, CLIPS)
-    logits(host, inputs)
+    generate(host, inputs)  # after which transformers leaves hooks of its own
     trained = next(host.whole.parameters()).requires_grad_(True)
     before = everything()
     with attached(host, site):
@@ -245,11 +260,14 @@ def test_gradients_reach_the_adapter_also_through_checkpoints(name, site):
         if not host.model.supports_gradient_checkpointing:
             return
         host.decoder.train()
-        host.model.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 has new names for it
+        new = hasattr(host.model, "activation_checkpointing_enable")
+        switch = "activation_checkpointing_{}" if new else "gradient_checkpointing_{}"
+        getattr(host.model, switch.format("enable"))({"use_reentrant": False})
         try:
             checkpointed = gradients(mal)
         finally:
-            host.model.activation_checkpointing_disable()
+            getattr(host.model, switch.format("disable"))()
             host.decoder.eval()
     for a, b in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(a, b)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .autotune import configurations, fastest
 from .memory_read import layers, memory_read_bwd_w_kernel
 from .tiles import (
     activate,
@@ -159,7 +160,7 @@ def aligned_bwd_tokens_kernel(
     """From ``d hidden`` to ``dz_q`` and ``dz_g``; keeps ``q``, ``a``, ``do`` and ``dγ``.
 
     ``da = d hidden W_out``, then through gate and memory; ``dz_q = (dq − q ⟨q, dq⟩) / ‖z_q‖``.
-    Grid (tiles of BT tokens, H). At depth 1 the one slice is all of ``W`` (BE = BD).
+    Grid (tiles of BT tokens, H).
     """
     o_t, m_t, o_x = load_tokens(p_token, tl.program_id(0), T, W, BT)
     i_h, o_d = tl.program_id(1).to(tl.int64), tl.arange(0, BD)
@@ -197,15 +198,17 @@ def aligned_bwd_tokens_kernel(
                 b_do = layer_norm_bwd(b_do * b_gain[None, :], b_normed, b_std, o_d < D, D)
             b_y = tl.where(m_n[:, None], b_o, b_y)
             store_rows(p_do, b_do, o_row, m_n, o_d, D)
+            tl.debug_barrier()  # what one thread stored, another loads
             for i_e in range(0, E, BE):
                 o_e = i_e + tl.arange(0, BE)
-                b_dh = dot(b_do.to(b_q.dtype), tl.trans(load_matrix(p_w2n, o_e, o_d, E, D)))
                 if DEPTH == 2:
+                    b_dh = dot(b_do.to(b_q.dtype), tl.trans(load_matrix(p_w2n, o_e, o_d, E, D)))
                     b_w1 = load_matrix(p_w1n, o_d, o_e, D, E)
                     b_dz = b_dh * activate_derivative(dot(b_q, b_w1), ACT)
                     b_dq = dot(b_dz.to(b_q.dtype), tl.trans(b_w1), b_dq)
-                else:
-                    b_dq += b_dh
+                else:  # slices of the other side, so that dq is a sum; E = D
+                    b_part = load_rows(p_do, o_row, m_n, o_e, D)
+                    b_dq = dot(b_part, tl.trans(load_matrix(p_w2n, o_d, o_e, E, D)), b_dq)
     b_dzq = (b_dq - b_zq * tl.sum(b_zq * b_dq, 1)[:, None]) * b_scale[:, None]
     store_rows(p_q, b_q, o_row, m_t, o_d, D)
     store_rows(p_a, b_y * activate(b_zg, "silu"), o_row, m_t, o_d, D)
@@ -308,16 +311,23 @@ def aligned_fwd(
     token_index, state_index = token_index.contiguous(), state_index.contiguous()
     w1, w2, gain = layers(weights, residual_norm)
     memory, matrix = _static(hidden, tokens, weights, activation, residual_norm)
-    z_q, z_g, _ = _project(hidden, token_index, params, memory)
-    a = hidden.new_empty(z_q.shape)
-    aligned_read_kernel[(triton.cdiv(tokens, memory["BT"]), memory["H"])](
-        z_q, z_g, state_index, w1, w2, gain, a, tokens, **memory
+
+    def launch(static: dict[str, Any], out: Tensor | None = None) -> Tensor:
+        out = hidden.clone() if out is None else out
+        same = {name: static[name] for name in ("BT", "num_warps", "num_stages")}
+        z_q, z_g, _ = _project(hidden, token_index, params, static)
+        a = hidden.new_empty(z_q.shape)
+        aligned_read_kernel[(triton.cdiv(tokens, static["BT"]), static["H"])](
+            z_q, z_g, state_index, w1, w2, gain, a, tokens, **static
+        )
+        aligned_add_kernel[_grid(tokens, matrix | same)](
+            hidden, a, token_index, params[3], out, tokens, **(matrix | same)
+        )
+        return out
+
+    return launch(
+        fastest(hidden, configurations(memory, hidden.dtype), launch), hidden if in_place else None
     )
-    out = hidden if in_place else hidden.clone()
-    aligned_add_kernel[_grid(tokens, matrix)](
-        hidden, a, token_index, params[3], out, tokens, **matrix
-    )
-    return out
 
 
 def aligned_bwd(
@@ -393,7 +403,7 @@ def _project(
     aligned_project_kernel[(triton.cdiv(tokens, memory["BT"]), heads)](
         *(hidden, token_index, *params[:3], z_q, z_g, rms, tokens),
         W=hidden.shape[-1],
-        BW=64,
+        BW=64 if hidden.itemsize == 2 else 32,  # wider, float32 spills
         **same,
     )
     return z_q, z_g, rms
@@ -407,8 +417,6 @@ def _static(
     sizes = tile_sizes(tokens, dim, hidden.dtype)
     if hidden.itemsize == 4:
         sizes.update(BT=16, num_warps=8, num_stages=2)
-    if depth == 1:
-        sizes["BE"] = sizes["BD"]
     memory = dict(
         H=heads,
         D=dim,

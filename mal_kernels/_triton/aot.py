@@ -5,6 +5,9 @@ compilation: what the launcher would specialise and how. A launcher that reads a
 fails, because meta tensors have none. Registers, spills and shared memory are those of the very
 binary that Triton would load (``cuobjdump`` comes with Triton); for AMD they stand in the assembly.
 Not with ``TRITON_INTERPRET=1``, which is read when a kernel is decorated.
+
+``python -m mal_kernels._triton.aot [sm_90]`` prints the table of every kind of size that may be
+chosen (some twenty minutes on one core); ``mal-kernels doctor --kernels`` that of a few.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import os
 import pkgutil
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import triton
@@ -107,7 +111,9 @@ def kernels_of(module: ModuleType) -> set[str]:
     return {name for name in names if name.endswith("_kernel")}
 
 
-def reports(module: ModuleType, target: str, *, at_most: int | None = None) -> list[Report]:
+def reports(
+    module: ModuleType | SimpleNamespace, target: str, *, at_most: int | None = None
+) -> list[Report]:
     """Every launch of the module's first ``at_most`` ``EXAMPLES``, each binary once."""
     found: dict[str, Report] = {}
     for example in [*getattr(module, "EXAMPLES", ())][:at_most]:
@@ -117,6 +123,14 @@ def reports(module: ModuleType, target: str, *, at_most: int | None = None) -> l
             if binary.hash not in found:
                 found[binary.hash] = _report(kernel, example, target, binary)
     return [*found.values()]
+
+
+def sweep(target: str) -> Iterator[Report]:
+    """:func:`reports` of every module's ``SWEEP``, or of its ``EXAMPLES`` if it has none."""
+    for module in kernel_modules().values():
+        examples = getattr(module, "SWEEP", getattr(module, "EXAMPLES", {}))
+        for name, launch in examples.items():
+            yield from reports(SimpleNamespace(EXAMPLES={name: launch}), target)
 
 
 def _report(kernel: str, example: str, target: str, binary: Any) -> Report:
@@ -171,3 +185,12 @@ def _int32_offsets(ir: str) -> Iterator[str]:
         elif add := re.search(r"tt\.addptr (%[\w.]+), .*i32>? ", line):
             if add[1] in names:
                 yield names[add[1]].strip("%")
+
+
+if __name__ == "__main__":
+    for row in sweep(*(sys.argv[1:] or ["sm_90"])):
+        print(
+            f"{row.kernel:28} {row.example:40} {row.warps:2} warps {row.registers:3} registers "
+            f"{row.spills:4} spills {row.shared:6} B shared {row.mma:4} mma",
+            flush=True,
+        )

@@ -376,21 +376,17 @@ def factors_bwd(t, f, g, r, i_th, m_t, p_w, M: tl.constexpr):
     o_d = tl.arange(0, M.BD)
     m_d = o_d < M.D
     b_k = load_tile(t.k, i_th, m_t, 0, M.BD, M.D, M)  # [BT, BD]
-    b_v = load_tile(t.v, i_th, m_t, 0, M.BD, M.D, M)
     b_o, b_hh = network(b_k, t.k, i_th, m_t, p_w, M)
-    b_error, b_d2, b_dg = inner_error(b_o, b_k, b_v, p_w, m_d, M)
-    b_dk = load_tile(g.k, i_th, m_t, 0, M.BD, M.D, M)
-    b_dd2 = load_tile(g.d2, i_th, m_t, 0, M.BD, M.D, M)
-    b_ddg = tl.zeros_like(b_dd2)
-    if M.RESIDUAL_NORM:
-        b_ddg = load_tile(g.dg, i_th, m_t, 0, M.BD, M.D, M)
+    b_v = load_tile(t.v, i_th, m_t, 0, M.BD, M.D, M)
+    _, b_d2, _ = inner_error(b_o, b_k, b_v, p_w, m_d, M)
     b_dsquare = clip_bwd(t, f, g, r, i_th, m_t, M)  # of ‖g_s‖², twice
+    b_dd2 = load_tile(g.d2, i_th, m_t, 0, M.BD, M.D, M)
     b_dd2 += (b_dsquare * b_hh)[:, None] * b_d2
-    b_ddg += b_dsquare[:, None] * b_dg
     b_d2d2 = b_dsquare * tl.sum(b_d2 * b_d2, 1)
+    b_k32 = b_k.to(tl.float32)
+    b_kk = b_dsquare * tl.sum(b_k32 * b_k32, 1)
+    b_dkk = b_d2d2
     if M.DEPTH == 2:
-        b_k32 = b_k.to(tl.float32)
-        b_kk = b_dsquare * tl.sum(b_k32 * b_k32, 1)
         b_d1d1 = tl.zeros([M.BT], tl.float32)
         for i_e in range(0, M.E, M.BE):
             b_z = dot(b_k, load_part(p_w, 0, i_e, M.BD, M.BE, M.D, M.E))  # [BT, BE]
@@ -407,13 +403,18 @@ def factors_bwd(t, f, g, r, i_th, m_t, p_w, M: tl.constexpr):
             b_dd2 = dot(b_du.to(b_k.dtype), b_w2, b_dd2)
             store_tile(g.d1, b_du, i_th, m_t, i_e, M.BE, M.E, M)
             store_tile(g.h, b_dz, i_th, m_t, i_e, M.BE, M.E, M)
-        b_dk += (b_dsquare * b_d1d1)[:, None] * b_k32
-    else:
-        b_dk += b_d2d2[:, None] * b_k.to(tl.float32)
+        b_dkk = b_dsquare * b_d1d1
+    # read and computed again: held over the loop they would not fit into registers
+    b_v = load_tile(t.v, i_th, m_t, 0, M.BD, M.D, M)
+    b_error, b_d2, b_dg = inner_error(b_o, b_k, b_v, p_w, m_d, M)
+    b_ddg = tl.zeros_like(b_dd2)
+    if M.RESIDUAL_NORM:
+        b_ddg = load_tile(g.dg, i_th, m_t, 0, M.BD, M.D, M) + b_dsquare[:, None] * b_dg
     b_dsurprise = load_vector(r.surprise, i_th, m_t, M)
     b_do, b_derror, b_dgamma = error_bwd(b_dd2, b_ddg, b_d2, b_dsurprise, b_o, b_error, p_w, m_d, M)
     store_tile(r.v, -b_derror, i_th, m_t, 0, M.BD, M.D, M)
     store_tile(g.d2, b_do, i_th, m_t, 0, M.BD, M.D, M)
+    b_dk = load_tile(g.k, i_th, m_t, 0, M.BD, M.D, M) + b_dkk[:, None] * b_k.to(tl.float32)
     if M.RESIDUAL_NORM:
         b_dk += b_derror
         store_tile(g.dg, b_dgamma, i_th, m_t, 0, M.BD, M.D, M)
@@ -581,7 +582,7 @@ def state_bwd_kernel(t, s, f, g, c, rows, T, C, N, i_c, M: tl.constexpr):
 def factors_bwd_kernel(t, s, f, g, c, r, rows, T, C, N, i_c, M: tl.constexpr):
     """:func:`tile_bwd` of chunk ``i_c``. Grid (rows · H, tiles of a chunk)."""
     i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
-    i_j = tl.program_id(1).to(tl.int64)
+    i_j = tl.program_id(1)
     begin, length, start = row_span(rows, i_n, T, M)
     if i_c * tl.cdiv(C, M.BT) + i_j < row_tiles(length, start, C, M):
         slot = first_slot(begin, i_n, C, M)
@@ -611,7 +612,7 @@ def token_gates_bwd_kernel(t, g, r, rows, p_tile, T, C, M: tl.constexpr):
     ``p_tile`` ``[slots, H, 3]`` are gradients of β, f and ε. Grid (rows · H, tiles of a row).
     """
     i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
-    n = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1)
     begin, length, start = row_span(rows, i_n, T, M)
     if n < row_tiles(length, start, C, M):
         per_chunk = tl.cdiv(C, M.BT)
@@ -649,7 +650,7 @@ def token_gates_bwd_kernel(t, g, r, rows, p_tile, T, C, M: tl.constexpr):
 def chunk_gates_bwd_kernel(r, rows, p_tile, T, C, NC, M: tl.constexpr):
     """``dη = df + dε``, ``dα = −dβ`` of a chunk's first tile. Grid (rows · H, chunks of a row)."""
     i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
-    i_c = tl.program_id(1).to(tl.int64)
+    i_c = tl.program_id(1)
     begin, length, start = row_span(rows, i_n, T, M)
     if i_c < row_chunks(length, start, C):
         n = i_c * tl.cdiv(C, M.BT)

@@ -65,15 +65,16 @@ def inner_output(
     b_a = (b_c * dot(b_q, tl.trans(b_k))).to(b_q.dtype)  # [BT, BT]
     b_y = tl.zeros([M.BT, M.BD], tl.float32)
     b_hh = tl.zeros([M.BT, M.BT], tl.float32)
-    for i_e in range(0, M.E, M.BE):
+    for i_e in tl.range(0, M.E, M.BE, disable_licm=True):
         b_hq, b_h = hidden_at_every_token(
             t, f, b_q, b_a, b_beta, b_f, i_th, m_t, i_e, p_w, p_s, p_init, M
         )  # fmt: skip
+        # the last product of a loop tells Triton how to spread all of them over warps: a wide one
+        b_hh = dot(b_hq, tl.trans(b_h), b_hh)
         b_y += mixed(
             b_hq, b_beta, b_f, p_w + M.LAST, p_s + M.LAST, p_init + M.LAST,
             i_e, 0, M.BE, M.BD, M.E, M.D, M,
         )  # fmt: skip
-        b_hh = dot(b_hq, tl.trans(b_h), b_hh)
     b_d2 = load_tile(f.d2, i_th, m_t, 0, M.BD, M.D, M)
     return b_y - dot((b_c * b_hh).to(b_q.dtype), b_d2)
 
@@ -98,7 +99,7 @@ def hidden_at_every_token(
 def causal_read_fwd_kernel(t, s, f, rows, p_out, T, C, N, M: tl.constexpr):
     """``y = M(q; W_t)``. Grid (rows · H, tiles of a row)."""
     i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
-    n = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1)
     begin, length, start = row_span(rows, i_n, T, M)
     n_tiles, slot = row_tiles(length, start, C, M), first_slot(begin, i_n, C, M)
     if n < n_tiles:

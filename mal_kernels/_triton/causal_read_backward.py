@@ -1,4 +1,4 @@
-"""Backward of :mod:`.causal_read`, in three stages that meet in memory.
+"""Backward of :mod:`.causal_read`, in stages that meet in memory.
 
 A program owns one tile of one row and head, recomputes its read, and stores per token what the
 backward walk over the states needs: ``hq`` and ``dzq``, ``do`` (before LayerNorm), ``dγ``, and β
@@ -100,49 +100,61 @@ def gain_bwd(b_dgamma, b_dg, b_c, p_w, p_s, p_init, o_d, m_d, M: tl.constexpr):
 
 
 @triton.jit
-def scores_bwd(t, f, g, p_dy, i_th, m_t, p_w, p_s, p_init, M: tl.constexpr):
-    """LayerNorm and ``hq hᵀ`` of one tile, backwards; what the next two need of the tile."""
+def output_bwd(t, f, g, p_dy, i_th, m_t, p_w, p_s, p_init, M: tl.constexpr):
+    """LayerNorm and γ of one tile, backwards: ``do``, and the gradients of ``dg``, w, β and f."""
     o_d = tl.arange(0, M.BD)
     m_d = o_d < M.D
     b_q = load_tile(t.q, i_th, m_t, 0, M.BD, M.D, M)  # [BT, BD]
+    b_eta, b_a = token_gates(t, i_th, m_t, M)
+    b_w, _, b_beta, b_f, _ = recursions(b_eta, b_a, m_t, 0, M)
+    b_c = b_w * load_vector(f.rate, i_th, m_t, M)[None, :]  # [BT, BT]
+    b_o = inner_output(t, f, b_q, b_c, b_beta, b_f, i_th, m_t, p_w, p_s, p_init, M)
+    b_dg = load_tile(f.dg, i_th, m_t, 0, M.BD, M.D, M)
+    b_gain = mixed_gain(
+        b_beta, b_f, b_c, b_dg, p_w + M.GAIN, p_s + M.GAIN, p_init + M.GAIN, o_d, m_d, M
+    )  # fmt: skip
+    b_dy = load_tile(p_dy, i_th, m_t, 0, M.BD, M.D, M).to(tl.float32)
+    b_do, b_dgamma = norm_bwd(b_dy, b_o, b_gain, m_d, M)
+    store_tile(g.oq, b_do, i_th, m_t, 0, M.BD, M.D, M)
+    store_tile(g.gq, b_dgamma, i_th, m_t, 0, M.BD, M.D, M)
+    b_dc, b_dbeta, b_df, b_ddg = gain_bwd(
+        b_dgamma, b_dg, b_c, p_w + M.GAIN, p_s + M.GAIN, p_init + M.GAIN, o_d, m_d, M
+    )  # fmt: skip
+    store_tile(g.dg, b_ddg, i_th, m_t, 0, M.BD, M.D, M)
+    store_tile(g.w, b_dc, i_th, m_t, 0, M.BT, M.BT, M)
+    store_vector(g.dbeta, b_dbeta, i_th, m_t, M)
+    store_vector(g.df, b_df, i_th, m_t, M)
+
+
+@triton.jit
+def scores_bwd(t, f, g, i_th, m_t, p_w, p_s, p_init, M: tl.constexpr):
+    """``hq hᵀ`` of one tile, backwards; what the next two need of the tile."""
+    b_q = load_tile(t.q, i_th, m_t, 0, M.BD, M.D, M)  # [BT, BD]
     b_k = load_tile(t.k, i_th, m_t, 0, M.BD, M.D, M)
-    b_d2 = load_tile(f.d2, i_th, m_t, 0, M.BD, M.D, M)
-    b_do = load_tile(p_dy, i_th, m_t, 0, M.BD, M.D, M)
     b_eta, b_a = token_gates(t, i_th, m_t, M)
     b_w, _, b_beta, b_f, _ = recursions(b_eta, b_a, m_t, 0, M)
     store_tile(g.decays, b_w, i_th, m_t, 0, M.BT, M.BT, M)
+    store_vector(g.beta, b_beta, i_th, m_t, M)
+    store_vector(g.f, b_f, i_th, m_t, M)
     b_c = b_w * load_vector(f.rate, i_th, m_t, M)[None, :]  # [BT, BT]
     b_a = (b_c * dot(b_q, tl.trans(b_k))).to(b_q.dtype)
-    b_dc = tl.zeros([M.BT, M.BT], tl.float32)
-    b_dbeta, b_df = tl.zeros([M.BT], tl.float32), tl.zeros([M.BT], tl.float32)
-    if M.RESIDUAL_NORM:
-        b_o = inner_output(t, f, b_q, b_c, b_beta, b_f, i_th, m_t, p_w, p_s, p_init, M)
-        b_dg = load_tile(f.dg, i_th, m_t, 0, M.BD, M.D, M)
-        b_gain = mixed_gain(
-            b_beta, b_f, b_c, b_dg, p_w + M.GAIN, p_s + M.GAIN, p_init + M.GAIN, o_d, m_d, M
-        )  # fmt: skip
-        b_dx, b_dgamma = norm_bwd(b_do.to(tl.float32), b_o, b_gain, m_d, M)
-        b_do = b_dx.to(b_q.dtype)
-        store_tile(g.oq, b_do, i_th, m_t, 0, M.BD, M.D, M)
-        store_tile(g.gq, b_dgamma, i_th, m_t, 0, M.BD, M.D, M)
-        b_dc, b_dbeta, b_df, b_ddg = gain_bwd(
-            b_dgamma, b_dg, b_c, p_w + M.GAIN, p_s + M.GAIN, p_init + M.GAIN, o_d, m_d, M
-        )  # fmt: skip
-        store_tile(g.dg, b_ddg, i_th, m_t, 0, M.BD, M.D, M)
     b_hh = tl.zeros([M.BT, M.BT], tl.float32)  # hq hᵀ
     for i_e in range(0, M.E, M.BE):
         b_hq, b_h = hidden_at_every_token(
             t, f, b_q, b_a, b_beta, b_f, i_th, m_t, i_e, p_w, p_s, p_init, M
         )  # fmt: skip
         b_hh = dot(b_hq, tl.trans(b_h), b_hh)
-    b_dc -= dot(b_do, tl.trans(b_d2)) * b_hh
+    b_d2 = load_tile(f.d2, i_th, m_t, 0, M.BD, M.D, M)
+    b_do = load_tile(g.oq, i_th, m_t, 0, M.BD, M.D, M)
+    b_dc = -dot(b_do, tl.trans(b_d2)) * b_hh
+    if M.RESIDUAL_NORM:
+        b_dc += load_tile(g.w, i_th, m_t, 0, M.BT, M.BT, M)
+    else:
+        store_vector(g.dbeta, tl.zeros([M.BT], tl.float32), i_th, m_t, M)
+        store_vector(g.df, tl.zeros([M.BT], tl.float32), i_th, m_t, M)
     store_tile(g.w, b_dc, i_th, m_t, 0, M.BT, M.BT, M)
     b_dd2 = -dot(tl.trans((b_c * b_hh).to(b_q.dtype)), b_do)
     store_tile(g.d2, b_dd2, i_th, m_t, 0, M.BD, M.D, M)
-    store_vector(g.dbeta, b_dbeta, i_th, m_t, M)
-    store_vector(g.df, b_df, i_th, m_t, M)
-    store_vector(g.beta, b_beta, i_th, m_t, M)
-    store_vector(g.f, b_f, i_th, m_t, M)
 
 
 @triton.jit
@@ -277,24 +289,38 @@ def tile_states(s, n, n_tiles, i_n, i_h, slot, N, M: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "C", "N"])
-def read_scores_bwd_kernel(t, s, f, g, rows, p_dy, T, C, N, M: tl.constexpr):
-    """:func:`scores_bwd`, where tokens step. Grid (rows · H, tiles of a row), as forward."""
+def read_output_bwd_kernel(t, s, f, g, rows, p_dy, T, C, N, M: tl.constexpr):
+    """:func:`output_bwd`, where tokens step through LayerNorm. Grid as forward."""
     i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
-    n = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1)
     begin, length, start = row_span(rows, i_n, T, M)
     n_tiles, slot = row_tiles(length, start, C, M), first_slot(begin, i_n, C, M)
     if n < n_tiles:
         per_chunk = tl.cdiv(C, M.BT)
         i_t, m_t = tile_tokens(n // per_chunk, n % per_chunk, length, start, C, M)
         p_w, p_s, p_init = tile_states(s, n, n_tiles, i_n, i_h, slot, N, M)
-        scores_bwd(t, f, g, p_dy, (begin + i_t) * M.H + i_h, m_t, p_w, p_s, p_init, M)
+        output_bwd(t, f, g, p_dy, (begin + i_t) * M.H + i_h, m_t, p_w, p_s, p_init, M)
+
+
+@triton.jit(do_not_specialize=["T", "C", "N"])
+def read_scores_bwd_kernel(t, s, f, g, rows, T, C, N, M: tl.constexpr):
+    """:func:`scores_bwd`, where tokens step. Grid as forward."""
+    i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
+    n = tl.program_id(1)
+    begin, length, start = row_span(rows, i_n, T, M)
+    n_tiles, slot = row_tiles(length, start, C, M), first_slot(begin, i_n, C, M)
+    if n < n_tiles:
+        per_chunk = tl.cdiv(C, M.BT)
+        i_t, m_t = tile_tokens(n // per_chunk, n % per_chunk, length, start, C, M)
+        p_w, p_s, p_init = tile_states(s, n, n_tiles, i_n, i_h, slot, N, M)
+        scores_bwd(t, f, g, (begin + i_t) * M.H + i_h, m_t, p_w, p_s, p_init, M)
 
 
 @triton.jit(do_not_specialize=["T", "C", "N"])
 def read_queries_bwd_kernel(t, s, f, g, rows, p_dy, p_dq, T, C, N, M: tl.constexpr):
     """:func:`queries_bwd`, or where chunks step :func:`chunk_read_bwd`. Grid as forward."""
     i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
-    n = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1)
     begin, length, start = row_span(rows, i_n, T, M)
     n_tiles, slot = row_tiles(length, start, C, M), first_slot(begin, i_n, C, M)
     if n < n_tiles:
@@ -314,7 +340,7 @@ def read_queries_bwd_kernel(t, s, f, g, rows, p_dy, p_dq, T, C, N, M: tl.constex
 def read_keys_bwd_kernel(t, s, f, g, rows, p_dy, p_dq, T, C, N, M: tl.constexpr):
     """:func:`keys_bwd`, where tokens step. Grid as forward."""
     i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
-    n = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1)
     begin, length, start = row_span(rows, i_n, T, M)
     n_tiles, slot = row_tiles(length, start, C, M), first_slot(begin, i_n, C, M)
     if n < n_tiles:

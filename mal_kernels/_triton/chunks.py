@@ -93,16 +93,16 @@ class States(NamedTuple):
 
 @triton.jit
 def row_span(rows, i_n, T, M: tl.constexpr):
-    """Of row ``i_n``: first token, number of tokens, place in the first chunk. int64."""
+    """Of row ``i_n``: first token (int64), number of tokens, place in the first chunk (int32)."""
     if M.IS_VARLEN:
         begin = tl.load(rows.cu_seqlens + i_n).to(tl.int64)
-        length = tl.load(rows.cu_seqlens + i_n + 1).to(tl.int64) - begin
+        length = (tl.load(rows.cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)
     else:
         begin = i_n * T
-        length = begin * 0 + T
-    start = begin * 0
+        length = (begin - begin + T).to(tl.int32)  # T may be a constant
+    start = length - length
     if M.HAS_POSITION:
-        start = tl.load(rows.position + i_n)
+        start = tl.load(rows.position + i_n).to(tl.int32)
     return begin, length, start
 
 
@@ -159,24 +159,26 @@ def anchor_index(i_c, n_tiles, start, i_n, slot, C, N, M: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(i_c, BC: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
-    """Offsets ``[BT, BC]`` of a tile's tokens in ``[B, T, H, C]`` and which columns exist."""
+def tile_offsets(m_t, i_c, BC: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
+    """Offsets ``[BT, BC]`` of a tile's tokens in ``[B, T, H, C]`` and which of them exist."""
     o_c = tl.arange(0, BC)
-    return (tl.arange(0, M.BT) * (M.H * C))[:, None] + o_c[None, :], i_c + o_c < C
+    mask = tl.broadcast_to(m_t[:, None], [M.BT, BC])
+    if C % BC != 0:
+        mask &= (i_c + o_c < C)[None, :]
+    return (tl.arange(0, M.BT) * (M.H * C))[:, None] + o_c[None, :], mask
 
 
 @triton.jit
 def load_tile(p, i_th, m_t, i_c, BC: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
     """Columns from ``i_c`` of a tile ``[BT, BC]`` that begins at token and head ``i_th``."""
-    o, m_c = tile_offsets(i_c, BC, C, M)
-    return tl.load(p + (i_th * C + i_c) + o, mask=m_t[:, None] & m_c[None, :], other=0.0)
+    o, mask = tile_offsets(m_t, i_c, BC, C, M)
+    return tl.load(p + (i_th * C + i_c) + o, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(p, x, i_th, m_t, i_c, BC: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
-    o, m_c = tile_offsets(i_c, BC, C, M)
-    x = x.to(p.dtype.element_ty)
-    tl.store(p + (i_th * C + i_c) + o, x, mask=m_t[:, None] & m_c[None, :])
+    o, mask = tile_offsets(m_t, i_c, BC, C, M)
+    tl.store(p + (i_th * C + i_c) + o, x.to(p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -193,22 +195,34 @@ def store_vector(p, x, i_th, m_t, M: tl.constexpr):
 
 
 @triton.jit
+def part_offsets(
+    i_r, i_c, BR: tl.constexpr, BC: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Offsets ``[BR, BC]`` in a matrix ``[R, C]`` and which exist; all, if parts fit evenly."""
+    o_r, o_c = tl.arange(0, BR)[:, None], tl.arange(0, BC)[None, :]
+    mask = tl.full([BR, BC], 1, tl.int1)
+    if R % BR != 0:
+        mask &= i_r + o_r < R
+    if C % BC != 0:
+        mask &= i_c + o_c < C
+    return o_r * C + o_c, mask
+
+
+@triton.jit
 def load_part(
     p, i_r, i_c, BR: tl.constexpr, BC: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """``[BR, BC]`` of a matrix ``[R, C]`` from row ``i_r`` and column ``i_c``, zero outside."""
-    o_r, o_c = tl.arange(0, BR)[:, None], tl.arange(0, BC)[None, :]
-    mask = (i_r + o_r < R) & (i_c + o_c < C)
-    return tl.load(p + (i_r * C + i_c) + (o_r * C + o_c), mask=mask, other=0.0)
+    o, mask = part_offsets(i_r, i_c, BR, BC, R, C)
+    return tl.load(p + (i_r * C + i_c) + o, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_part(
     p, x, i_r, i_c, BR: tl.constexpr, BC: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    o_r, o_c = tl.arange(0, BR)[:, None], tl.arange(0, BC)[None, :]
-    mask = (i_r + o_r < R) & (i_c + o_c < C)
-    tl.store(p + (i_r * C + i_c) + (o_r * C + o_c), x, mask=mask)
+    o, mask = part_offsets(i_r, i_c, BR, BC, R, C)
+    tl.store(p + (i_r * C + i_c) + o, x, mask=mask)
 
 
 # --- gates ----------------------------------------------------------------------------------------

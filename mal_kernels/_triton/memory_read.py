@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotune import configurations, fastest
 from .tiles import (
     activate,
     activate_derivative,
@@ -173,11 +174,15 @@ def read_fwd(
     q, cu_seqlens = q.contiguous(), dense(cu_seqlens)
     w1, w2, gain = layers(weights, residual_norm)
     static = _static(q, w2, weights, cu_seqlens, activation, residual_norm)
-    rows, tiles = rows_and_tiles(q, cu_seqlens, static["BT"])
     out = q.new_empty(q.shape)
-    memory_read_fwd_kernel[(tiles, q.shape[2])](
-        q, w1, w2, gain, cu_seqlens, out, q.shape[1], rows, BN=power_of_2(rows), **static
-    )
+
+    def launch(static: dict[str, Any]) -> None:
+        rows, tiles = rows_and_tiles(q, cu_seqlens, static["BT"])
+        memory_read_fwd_kernel[(tiles, q.shape[2])](
+            q, w1, w2, gain, cu_seqlens, out, q.shape[1], rows, BN=power_of_2(rows), **static
+        )
+
+    launch(fastest(q, configurations(static, q.dtype), launch))
     return out
 
 

@@ -2,27 +2,32 @@
 
 * one chunk (``chunk_size=None``), or chunks of more than 128 tokens: two launches a chunk, parallel
   over tiles and over slices of the state (:mod:`.write`);
-* shorter chunks: one launch whose programs walk the chunks of a row and head;
+* shorter chunks: one launch whose programs walk the chunks of a row and head (but for float32 with
+  more than 128 features, which would spill);
 * then one launch that reads all tiles in parallel (:mod:`.causal_read`).
 
 Backward runs the write again, keeping the state before every tile, then the reads of all tiles
 in parallel (:mod:`.causal_read_backward`), then three launches a chunk, from the last to the first
-(:mod:`.backward`): one program holding all three would spill. Ragged rows get
-as many as the longest row could need.
+(:mod:`.backward`): one program holding all three would spill. Ragged rows get as many as the
+longest row could need. ``MAL_CHECKPOINT_SPACING=n`` does so for ``n`` chunks at a time
+(:func:`checkpoint_spacing`): less memory, one more write of every chunk.
 
 Nothing here reads a value on the host: the number of tiles of ragged rows is bounded, not known.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .backward import (
     Carried,
     Gradients,
@@ -36,14 +41,28 @@ from .backward import (
 from .causal_read import causal_read_fwd_kernel
 from .causal_read_backward import (
     read_keys_bwd_kernel,
+    read_output_bwd_kernel,
     read_queries_bwd_kernel,
     read_scores_bwd_kernel,
 )
 from .chunks import Rows, States, Static, Tokens
+from .decode import decode_fwd, is_one_token
 from .tiles import dense, meta, power_of_2
 from .write import Factors, factors_fwd_kernel, state_fwd_kernel, write_fwd_kernel
 
 WALKED = 128  # tokens of the longest chunk that one program walks
+
+
+def tile_rule(length: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Tokens of a tile, hidden units of a slice and warps of a program: one choice per size.
+
+    None spills on Hopper (``tests/test_aot.py``); which is fastest only a GPU can tell. Short turns
+    are spread over more programs. A slice wider than a short tile keeps Triton from giving every
+    warp the whole tile.
+    """
+    half = dtype.itemsize == 2
+    tile = 64 if half and dim <= 64 and length > 256 else 16
+    return tile, 32 if half or dim <= 64 else 16, 8
 
 
 class Layout(NamedTuple):
@@ -58,6 +77,7 @@ class Layout(NamedTuple):
     chunks: int  # at most, of a row
     tiles: int  # at most, of a row
     warps: int
+    longest: int  # tokens of a chunk that one program walks
 
     @property
     def per_chunk(self) -> int:
@@ -72,7 +92,7 @@ class Layout(NamedTuple):
     @property
     def is_walked(self) -> bool:
         """Whether one program takes all chunks of a row and head."""
-        return self.chunks > 1 and self.sizes[1] <= WALKED
+        return self.chunks > 1 and self.sizes[1] <= self.longest
 
     @classmethod
     def of(
@@ -95,8 +115,7 @@ class Layout(NamedTuple):
         rows, depth = weights[0].shape[0], len(weights) - residual_norm
         width = weights[0].shape[3] if depth == 2 else dim
         size = chunk_size or max(length, 1)
-        # short turns are spread over more programs; wide or float32 tiles overflow the registers
-        most = 64 if tokens.k.element_size() == 2 and dim <= 64 and length > 256 else 16
+        most, slice_width, warps = tile_rule(length, dim, tokens.k.dtype)
         tile = min(most, power_of_2(size))
         per_chunk = triton.cdiv(size, tile)
         columns = length + (0 if position is None else size - 1)
@@ -122,7 +141,7 @@ class Layout(NamedTuple):
             ONE_CHUNK=columns <= size,
             BT=tile,
             BD=power_of_2(dim),
-            BE=32,
+            BE=slice_width,
             LAST=(depth - 1) * dim * width,
             GAIN=depth * dim * width,
         )
@@ -140,7 +159,9 @@ class Layout(NamedTuple):
             slots=batch * length * per_chunk // size + rows * slack,
             chunks=max(triton.cdiv(columns, size), 1),
             tiles=columns // size * per_chunk + triton.cdiv(columns % size, tile),
-            warps=8,
+            warps=warps,
+            # walking, a program holds more: at this size it would spill
+            longest=0 if dim > 128 and tokens.k.element_size() == 4 else WALKED,
         )  # fmt: skip
 
 
@@ -165,6 +186,9 @@ def memory_fwd(
     ``options`` are ``chunk_size, step, activation, residual_norm, max_grad_norm``; anchor and
     position are empty unless ``keeps``.
     """
+    if is_one_token(k, cu_seqlens):
+        inputs = (q, k, v, lr, momentum, decay, weights, trace, anchor, init, position)
+        return decode_fwd(*inputs, *options, keeps=keeps)
     tokens = contiguous(Tokens(q, k, v, lr, momentum, decay))
     layout = Layout.of(
         tokens, weights, init, position, cu_seqlens, *options, saves=q is not None, keeps=keeps
@@ -259,7 +283,9 @@ def write(layout: Layout, tokens: Tokens, states: States, factors: Factors) -> N
     for i_c in range(layout.chunks):
         if layout.tiles:
             factors_fwd_kernel[(layout.grid, min(layout.tiles, layout.per_chunk))](
-                *arguments, length, size, n, gates, i_c, static, num_warps=layout.warps
+                *(*arguments, length, size, n, gates, i_c, static),
+                num_warps=layout.warps,
+                num_stages=2,
             )
         state_fwd_kernel[(layout.grid, layout.slices)](
             *arguments, length, size, n, i_c, static, num_warps=layout.warps, num_stages=1
@@ -273,6 +299,7 @@ def read(layout: Layout, tokens: Tokens, states: States, factors: Factors, outpu
             *layout.sizes[:3],
             layout.static,
             num_warps=layout.warps,
+            num_stages=2,
         )
 
 
@@ -285,6 +312,24 @@ def next_position(layout: Layout, device: torch.device) -> Tensor:
     else:
         lengths = cu_seqlens.diff().long()
     return (lengths if position is None else lengths + position) % size
+
+
+def checkpoint_spacing() -> int | None:
+    """``MAL_CHECKPOINT_SPACING``: after how many chunks a backward pass keeps a state; None: all.
+
+    A pass keeps the state before every tile of at most so many chunks at a time, and else one
+    state for each such segment, for which every chunk is written once more.
+
+    Raises:
+        ArgumentError: it is not a positive integer.
+    """
+    value = os.environ.get("MAL_CHECKPOINT_SPACING", "")
+    if value and not (value.isdecimal() and int(value)):
+        raise ArgumentError(
+            f"MAL_CHECKPOINT_SPACING: got {value!r}, expected a number of chunks, at least 1; "
+            "unset it to keep the state before every tile"
+        )
+    return int(value) if value else None
 
 
 def memory_bwd(
@@ -305,9 +350,89 @@ def memory_bwd(
     init: list[Tensor],
     position: Tensor | None,
     cu_seqlens: Tensor | None,
+    *options: Any,
+) -> list[Tensor]:
+    """Gradients of the tensors that are given, in order; arguments as of :func:`memory_fwd`.
+
+    In segments of :func:`checkpoint_spacing` chunks, from the last to the first: a stream may be
+    cut anywhere. Ragged chunk steps, whose chunks end in different places, are one segment.
+    """
+    spacing, (chunk_size, step, *_) = checkpoint_spacing(), options
+    tokens, length = Tokens(q, k, v, lr, momentum, decay), k.shape[1]
+    whole = chunk_size is None or (step == "chunk" and cu_seqlens is not None)
+    stride = length if spacing is None or whole else spacing * chunk_size
+    marks = [*range(0, length, stride or 1), length]
+    if len(marks) <= 2:
+        given = (*tokens, weights, trace, anchor, init, position, cu_seqlens)
+        return segment_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, *given, *options)
+    gate_tokens = chunk_size if step == "chunk" else 1
+    segments = [segment(tokens, cu_seqlens, *ends, gate_tokens) for ends in pairwise(marks)]
+    states = checkpoints(segments, (weights, trace, anchor, position), init, options)
+    d_tokens: list[list[Tensor]] = []
+    d_state, d_init = [d_weights, d_trace, d_anchor], [torch.zeros_like(x) for x in init]
+    for begin, end in reversed([*pairwise(marks)]):
+        (cut, bounds), (*state, start) = segments.pop(), states.pop()
+        d_outputs = [x[:, begin:end] if x.numel() else x for x in (d_output, d_surprise)]
+        given = (*cut, *state, init, start, bounds)
+        grads = iter(segment_bwd(*d_outputs, *d_state, *given, *options))
+        d_tokens.append([next(grads) for x in tokens if x is not None])
+        d_state = [[next(grads) for _ in x] for x in state]
+        d_init = [x + next(grads) for x in d_init]
+    joined = [torch.cat(parts, 1) for parts in zip(*reversed(d_tokens), strict=True)]
+    return [*joined, *(x for tensors in (*d_state, d_init) for x in tensors)]
+
+
+def segment(
+    tokens: Tokens, cu_seqlens: Tensor | None, begin: int, end: int, gate_tokens: int
+) -> tuple[Tokens, Tensor | None]:
+    """What of the arguments lies in ``begin : end`` along T; momentum and decay have coarser T."""
+    gates = slice(begin // gate_tokens, triton.cdiv(end, gate_tokens))
+    spans = (*(slice(begin, end),) * 4, gates, gates)
+    cut = (x if x is None else x[:, at] for x, at in zip(tokens, spans, strict=True))
+    return Tokens(*cut), None if cu_seqlens is None else cu_seqlens.clamp(begin, end) - begin
+
+
+def checkpoints(
+    segments: list[tuple[Tokens, Tensor | None]],
+    state: tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None],
+    init: list[Tensor],
+    options: tuple[Any, ...],
+) -> list[tuple[Any, ...]]:
+    """Weights, momentum, anchor and position before each segment."""
+    *_, position = state
+    # a row that does not begin with a chunk, or not with a segment, is cut inside a chunk
+    keeps = position is not None or segments[0][1] is not None
+    states: list[tuple[Any, ...]] = [state]
+    for cut, bounds in segments[:-1]:
+        *before, start = states[-1]
+        written = memory_fwd(
+            *cut._replace(q=None), *before, init, start, bounds, *options, keeps=keeps
+        )
+        states.append((*written[2:5], written[5] if keeps else None))
+    return states
+
+
+def segment_bwd(
+    d_output: Tensor,
+    d_surprise: Tensor,
+    d_weights: list[Tensor],
+    d_trace: list[Tensor],
+    d_anchor: list[Tensor],
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    weights: list[Tensor],
+    trace: list[Tensor],
+    anchor: list[Tensor],
+    init: list[Tensor],
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
     *options: object,
 ) -> list[Tensor]:
-    """Gradients of the tensors that are given, in order; arguments as of :func:`memory_fwd`."""
+    """:func:`memory_bwd`, keeping the state before every tile."""
     tokens = contiguous(Tokens(q, k, v, lr, momentum, decay))
     layout = Layout.of(
         *(tokens, weights, init, position, cu_seqlens, *options), saves=True, keeps=bool(d_anchor)
@@ -407,12 +532,15 @@ def backward(
     static, rows, (length, size, n, gates) = layout.static, layout.rows, layout.sizes
     saved, sizes, grid = (tokens, states, factors), (length, size, n), layout.grid
     options = dict(num_warps=layout.warps, num_stages=1)
-    # holds more per token than the others, so sees less of the hidden width at a time
-    narrow = replace(layout.plain, BE=max(layout.plain.BE // 2, 16)).constants()
+    # holds more per token than the others, so in long tiles sees less of the hidden width at a time
+    narrow = replace(layout.plain, BE=16 if layout.plain.BT == 64 else layout.plain.BE).constants()
     if d_q is not None and layout.tiles:
-        tiles, reads = (grid, layout.tiles), (*saved, gradients, rows, d_output)
+        tiles, shared = (grid, layout.tiles), (*saved, gradients, rows)
+        reads = (*shared, d_output)
+        if layout.plain.TOKEN_STEPS and layout.plain.RESIDUAL_NORM:
+            read_output_bwd_kernel[tiles](*reads, *sizes, static, **options)
         if layout.plain.TOKEN_STEPS:
-            read_scores_bwd_kernel[tiles](*reads, *sizes, static, **options)
+            read_scores_bwd_kernel[tiles](*shared, *sizes, static, **options)
         read_queries_bwd_kernel[tiles](*reads, d_q, *sizes, static, **options)
         if layout.plain.TOKEN_STEPS:
             read_keys_bwd_kernel[tiles](*reads, d_q, *sizes, static, **options)
@@ -453,32 +581,54 @@ def _example(
     depth: int = 2,
     step: str = "token",
     residual_norm: bool = False,
-    max_norm: float | None = None,
+    everything: bool = False,
     ragged: bool = False,
 ) -> Callable[[], object]:
+    """``everything``: ragged rows inside a chunk, a bound on the gradient and decay's target."""
+
     def call() -> object:
-        rows, batch, heads = 2, 1 if ragged else 2, 4
+        rows, batch, heads = 2, 1 if ragged or everything else 2, 4
         q = meta(batch, tokens, heads, dim, dtype=dtype)
         lr = meta(batch, tokens, heads)
         gate = lr if step == "token" else meta(batch, rows if ragged else 1, heads)
         weights = [meta(rows, heads, dim, width), meta(rows, heads, width, dim)][-depth:]
         weights += [meta(rows, heads, dim)] if residual_norm else []
-        cu_seqlens = meta(rows + 1, dtype=torch.int64) if ragged else None
-        init = weights if step == "chunk" else []
-        inputs = (q, q, q, lr, gate, gate, weights, weights, [], init, None, cu_seqlens)
+        cu_seqlens = meta(rows + 1, dtype=torch.int64) if ragged or everything else None
+        anchor, position = (weights, meta(rows, dtype=torch.int64)) if everything else ([], None)
+        init = weights if step == "chunk" or everything else []
+        inputs = (q, q, q, lr, gate, gate, weights, weights, anchor, init, position, cu_seqlens)
+        max_norm = 1.0 if step == "chunk" or everything else None
         options = (chunk_size, step, "gelu", residual_norm, max_norm)
-        forward = memory_fwd(*inputs, *options, keeps=False)
-        return forward, memory_bwd(q, lr, weights, weights, [], *inputs, *options)
+        forward = memory_fwd(*inputs, *options, keeps=everything)
+        return forward, memory_bwd(q, lr, weights, weights, anchor, *inputs, *options)
 
     return call
 
 
+def _all_options(
+    dim: int, dtype: torch.dtype, depth: int = 2, residual_norm: bool = True
+) -> Callable[[], object]:
+    return _example(
+        *(320, dim, dim if depth == 1 else 4 * dim, 64, dtype),
+        depth=depth,
+        residual_norm=residual_norm,
+        everything=True,
+    )
+
+
 EXAMPLES = {
     "D64 E256 chunk 64 bf16": _example(320, 64, 256, 64),
-    "D64 E128 turn ragged bf16": _example(
-        112, 64, 128, None, step="chunk", max_norm=1.0, ragged=True
-    ),
-    "D128 E512 norm bf16": _example(64, 128, 512, 32, residual_norm=True, max_norm=1.0),
-    "D64 E128 chunk 32 fp32": _example(64, 64, 128, 32, torch.float32),
-    "D64 depth 1 bf16": _example(320, 64, 64, 64, depth=1),
+    "D64 E128 turn ragged bf16": _example(112, 64, 128, None, step="chunk", ragged=True),
+    "D64 E256 norm, all options, bf16": _all_options(64, torch.bfloat16),
+    "D128 E512 norm, all options, bf16": _all_options(128, torch.bfloat16),
+    "D128 E512 norm, all options, fp32": _all_options(128, torch.float32),
+    "D256 depth 1, norm, all options, bf16": _all_options(256, torch.bfloat16, 1),
+}
+# every size by kind that may be chosen, for `python -m mal_kernels._triton.aot`
+SWEEP = EXAMPLES | {
+    f"D{dim} depth {depth}{', norm' * norm}, {name}": _all_options(dim, dtype, depth, norm)
+    for depth, dims in ((2, (16, 64, 128)), (1, (16, 64, 128, 256)))
+    for dim in dims
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    for norm in (False, True)
 }

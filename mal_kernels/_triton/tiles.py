@@ -56,8 +56,21 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @triton.jit
 def dot(a, b, acc=None):
-    """``a b + acc`` in float32, ``b`` rounded to the dtype of ``a``; float32 stays exact."""
-    return tl.dot(a, b.to(a.dtype), acc=acc, input_precision="ieee")
+    """``a b + acc`` in float32, ``b`` rounded to the dtype of ``a``; float32 stays exact.
+
+    A float32 product holds whole rows of ``a`` and columns of ``b`` in a thread's registers, so it
+    is taken in pieces of 32 along the inner dimension, which are then summed.
+    """
+    PIECES: tl.constexpr = a.shape[1] // 32 if a.dtype == tl.float32 else 1
+    if PIECES > 1:
+        a = tl.permute(tl.reshape(a, [a.shape[0], PIECES, 32]), (1, 0, 2))
+        b = tl.reshape(b.to(tl.float32), [PIECES, 32, b.shape[1]])
+        product = tl.sum(tl.dot(a, b, input_precision="ieee"), 0)
+        if acc is not None:
+            product += acc
+    else:
+        product = tl.dot(a, b.to(a.dtype), acc=acc, input_precision="ieee")
+    return product
 
 
 @triton.jit

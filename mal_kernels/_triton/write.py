@@ -67,7 +67,7 @@ def network(b_x, p_x, i_th, m_t, p_w, M: tl.constexpr):
     """``act(x W1) W2`` ``[BT, BD]`` and ``‖h‖²`` ``[BT]`` of what the last layer is given."""
     b_o = tl.zeros([M.BT, M.BD], tl.float32)
     b_hh = tl.zeros([M.BT], tl.float32)
-    for i_e in range(0, M.E, M.BE):
+    for i_e in tl.range(0, M.E, M.BE, disable_licm=True):
         if M.DEPTH == 2:
             b_z = dot(b_x, load_part(p_w, 0, i_e, M.BD, M.BE, M.D, M.E))
             b_h = activate(b_z, M.ACT)
@@ -109,8 +109,8 @@ def gradient_factors(
     o_d = tl.arange(0, M.BD)
     m_d = o_d < M.D
     b_k = load_tile(t.k, i_th, m_t, 0, M.BD, M.D, M)  # [BT, BD]
-    b_v = load_tile(t.v, i_th, m_t, 0, M.BD, M.D, M)
     b_o, b_hh = network(b_k, t.k, i_th, m_t, p_w, M)
+    b_v = load_tile(t.v, i_th, m_t, 0, M.BD, M.D, M)
     b_error, b_d2, b_dg = inner_error(b_o, b_k, b_v, p_w, m_d, M)
     store_vector(f.surprise, tl.sum(b_error * b_error, 1), i_th, m_t, M)
     store_tile(f.d2, b_d2, i_th, m_t, 0, M.BD, M.D, M)
@@ -120,7 +120,7 @@ def gradient_factors(
         b_square += tl.sum(b_dg * b_dg, 1)
     if M.DEPTH == 2:
         b_kk = tl.sum(b_k.to(tl.float32) * b_k.to(tl.float32), 1)
-        for i_e in range(0, M.E, M.BE):
+        for i_e in tl.range(0, M.E, M.BE, disable_licm=True):
             b_z = dot(b_k, load_part(p_w, 0, i_e, M.BD, M.BE, M.D, M.E))  # [BT, BE]
             b_w2 = load_part(p_w + M.LAST, i_e, 0, M.BE, M.BD, M.E, M.D)
             b_d1 = dot(b_d2.to(b_k.dtype), tl.trans(b_w2)) * activate_derivative(b_z, M.ACT)
@@ -150,8 +150,8 @@ def gradient_factors(
 
 @triton.jit
 def summed_gradient(b_c, b_x, b_y):
-    """``Σ_s c_s x_s ⊗ y_s`` of a tile."""
-    return dot(tl.trans((b_x.to(tl.float32) * b_c[:, None]).to(b_y.dtype)), b_y)
+    """``Σ_s x_s ⊗ c_s y_s`` of a tile; ``x`` as it is, so that it need not go through registers."""
+    return dot(tl.trans(b_x), b_c[:, None] * b_y.to(tl.float32))
 
 
 @triton.jit
@@ -286,7 +286,7 @@ def advance_chunk(
 def factors_fwd_kernel(t, s, f, rows, T, C, N, NC, i_c, M: tl.constexpr):
     """:func:`gradient_factors` of chunk ``i_c``. Grid (rows · H, tiles of a chunk)."""
     i_n, i_h = tl.program_id(0).to(tl.int64) // M.H, tl.program_id(0).to(tl.int64) % M.H
-    i_j = tl.program_id(1).to(tl.int64)
+    i_j = tl.program_id(1)
     begin, length, start = row_span(rows, i_n, T, M)
     n_tiles, slot = row_tiles(length, start, C, M), first_slot(begin, i_n, C, M)
     if i_c * tl.cdiv(C, M.BT) + i_j < n_tiles:
@@ -314,14 +314,14 @@ def write_fwd_kernel(t, s, f, rows, T, C, N, NC, M: tl.constexpr):
     begin, length, start = row_span(rows, i_n, T, M)
     n_tiles, slot = row_tiles(length, start, C, M), first_slot(begin, i_n, C, M)
     per_chunk = tl.cdiv(C, M.BT)
-    for i_c in range(0, row_chunks(length, start, C)):
+    for i_c in tl.range(0, row_chunks(length, start, C), disable_licm=True):
         anchor = anchor_index(i_c, n_tiles, start, i_n, slot, C, N, M)
         p_w = s.weights + (anchor * M.H + i_h) * M.P
-        for i_j in range(0, tl.minimum(per_chunk, n_tiles - i_c * per_chunk)):
+        for i_j in tl.range(0, tl.minimum(per_chunk, n_tiles - i_c * per_chunk), disable_licm=True):
             gradient_factors(
                 t, f, rows, p_w, begin, length, start, i_n, i_h, i_c, i_j, slot, C, NC, M
             )  # fmt: skip
         tl.debug_barrier()  # what one thread stored, another loads
-        for i_e in range(0, M.E, M.BE):
+        for i_e in tl.range(0, M.E, M.BE, disable_licm=True):
             advance_chunk(t, s, f, begin, length, start, i_n, i_h, i_c, i_e, slot, C, N, M)
         tl.debug_barrier()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mal_kernels.adapter import MALAdapter
-from mal_kernels.checkpoint import check_tensors, read_tensors, write_tensors
+from mal_kernels.checkpoint import read_tensors, write_tensors
 from mal_kernels.config import MALConfig
 from mal_kernels.demo import host as small
 from mal_kernels.demo.data import CHUNK, Dialogues, make_dialogues
@@ -122,8 +122,7 @@ def load(folder: Path | None = None) -> tuple[Qwen2AudioForConditionalGeneration
             f"`mal-kernels demo --train --out {folder}`."
         )
     host = small.build_host().requires_grad_(False)
-    tensors, _ = read_tensors(path, KIND)
-    check_tensors(path, tensors, host.state_dict())
+    tensors, _ = read_tensors(path, KIND, lambda header: host.state_dict())
     host.load_state_dict(tensors)
     return host, MALAdapter.from_pretrained(folder)
 

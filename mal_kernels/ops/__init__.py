@@ -2,7 +2,7 @@
 
 from ..reference import MemoryUpdate, MomentumScan, NeuralMemoryOutput, ReadParams
 from ._backend import explain
-from .aligned_residual_read import aligned_residual_read
+from .aligned_residual_read import aligned_residual_read, aligned_residual_read_
 from .memory_read import memory_read
 from .memory_update import memory_update
 from .momentum_scan import momentum_scan
@@ -14,6 +14,7 @@ __all__ = [
     "NeuralMemoryOutput",
     "ReadParams",
     "aligned_residual_read",
+    "aligned_residual_read_",
     "explain",
     "memory_read",
     "memory_update",

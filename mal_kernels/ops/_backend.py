@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +22,38 @@ TRITON_OPS = (
     "momentum_scan",
     "aligned_residual_read",
 )
+CUDA_OPS = ("momentum_scan", "memory_update")
+# GPU results that bench/gpu_session.sh wrote; each was right, and faster than the reference forward
+# and, where measured, backward: op, dtype, features (of a head), tokens (of the whole call),
+# architecture, and for people speedup, device, commit
+MEASURED: list[dict[str, Any]] = json.loads(Path(__file__).with_name("measured.json").read_text())
 
 
-def resolve(backend: str, op: str, device: torch.device, triton_limit: str | None = None) -> str:
+def resolve(
+    backend: str,
+    op: str,
+    device: torch.device,
+    triton_limit: str | None = None,
+    *,
+    cuda_limit: str | None = None,
+    dtype: torch.dtype | None = None,
+    features: int = 0,
+    tokens: int = 0,
+) -> str:
     """The implementation that ``backend`` names for ``op``; ``MAL_BACKEND`` overrides ``"auto"``.
+
+    ``auto`` is the reference, but Triton where :data:`MEASURED` holds a result on this architecture
+    for the op, the dtype and a size like this one (:func:`covers`).
 
     Args:
         backend: one of :data:`BACKENDS`.
-        op: its name, for messages.
+        op: its name.
         device: of the tensors.
         triton_limit: why the Triton kernels cannot serve this call; None if they can.
+        cuda_limit: the same of the CUDA kernels.
+        dtype: of the tokens.
+        features: of a head.
+        tokens: of the whole call.
 
     Raises:
         ArgumentError: ``backend`` is not one of :data:`BACKENDS`.
@@ -36,19 +61,52 @@ def resolve(backend: str, op: str, device: torch.device, triton_limit: str | Non
     """
     source = "backend"
     if backend == "auto":
-        source, backend = "MAL_BACKEND", os.environ.get("MAL_BACKEND", "reference")
+        source, backend = "MAL_BACKEND", os.environ.get("MAL_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ArgumentError(f"{source}: got {backend!r}, expected one of {BACKENDS}")
+    if backend == "auto" and device.type == "cuda":
+        found = any(covers(m, dtype, features, tokens) for m in measured_on(op, device))
+        able = triton_limit is None and _no_triton(device) is None
+        backend = "triton" if found and able else "reference"
     if backend not in ("triton", "cuda"):
         return "reference"
     missing: str | None = f"this version has no {backend} kernel for {op}"
     if backend == "triton" and op in TRITON_OPS:
         missing = _no_triton(device) or triton_limit
+    if backend == "cuda" and op in CUDA_OPS:
+        missing = _no_cuda(device) or cuda_limit
     if missing:
         raise BackendUnavailable(
             f"{source}={backend!r}: {missing}; use backend='reference' (any device) or 'auto'"
         )
     return backend
+
+
+def measured_on(op: str, device: torch.device) -> list[dict[str, Any]]:
+    """The committed results of ``op`` on GPUs of the architecture of ``device``."""
+    name = architecture(device)
+    return [m for m in MEASURED if m["op"] == op and m["architecture"] == name]
+
+
+def architecture(device: torch.device) -> str:
+    """``sm_90``, ``gfx942`` and the like."""
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(found.gcnArchName.split(":")[0])
+    return f"sm_{found.major}{found.minor}"
+
+
+def covers(measured: dict[str, Any], dtype: torch.dtype | None, features: int, tokens: int) -> bool:
+    """Whether a result speaks for a call.
+
+    It does for the same dtype, at most as many features and more than half, and a quarter to four
+    times as many tokens.
+    """
+    return (
+        str(dtype) == measured["dtype"]
+        and measured["features"] < 2 * features <= 2 * measured["features"]
+        and measured["tokens"] <= 4 * tokens <= 16 * measured["tokens"]
+    )
 
 
 def _no_triton(device: torch.device) -> str | None:
@@ -61,6 +119,13 @@ def _no_triton(device: torch.device) -> str | None:
         f"Triton runs on CUDA devices and the tensors are on {device}; "
         "to interpret the kernels on a CPU set TRITON_INTERPRET=1 before the first call"
     )
+
+
+def _no_cuda(device: torch.device) -> str | None:
+    """What keeps the CUDA kernels from ``device``; the call itself finds or builds the library."""
+    if device.type == "cuda" and not torch.version.hip:
+        return None
+    return f"the CUDA kernels run on NVIDIA GPUs and the tensors are on {device}"
 
 
 def memory_limit(
@@ -89,9 +154,14 @@ def explain(op: str) -> tuple[str, str]:
     backend = os.environ.get("MAL_BACKEND")
     if backend not in (None, "auto"):
         return backend, "MAL_BACKEND is set"
-    if op in TRITON_OPS:
-        return "reference", "no committed GPU result shows the Triton kernel to be faster"
-    return "reference", "the only backend in this version"
+    if op not in TRITON_OPS:
+        return "reference", "the only backend in this version"
+    if not torch.cuda.is_available():
+        return "reference", "no CUDA device here; no committed result says otherwise for a CPU"
+    if found := measured_on(op, torch.device("cuda")):
+        sizes = (f"{m['dtype']} {m['features']} features {m['tokens']} tokens" for m in found)
+        return "triton", f"measured faster near {'; '.join(sizes)}; elsewhere reference"
+    return "reference", "no committed GPU result shows the Triton kernel to be faster"
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,28 +23,41 @@ def expect(ok: bool, name: str, got: object, expected: str, remedy: str = "") ->
         raise ArgumentError(f"{name}: got {got}, expected {expected}{tail}")
 
 
+def describe(x: object) -> str:
+    """Dtype, shape and device of a tensor; the type, and if it is short the value, of others."""
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {list(x.shape)} on {x.device}"
+    short = x is None or isinstance(x, (bool, int, float, str))  # a state would print its tensors
+    return f"{type(x).__name__} {x!r}"[:80] if short else type(x).__name__
+
+
+def is_float(x: object) -> TypeGuard[Tensor]:
+    """Whether ``x`` is a tensor of a dtype that the ops know."""
+    return isinstance(x, Tensor) and x.dtype in FLOATS
+
+
 def check_tokens(name: str, x: Tensor, like: Tensor | None = None) -> None:
     """``[B, T, H, D]`` floating point; same shape, dtype and device as ``like``."""
-    expect(isinstance(x, Tensor), name, type(x).__name__, "a tensor [B, T, H, D]")
+    expect(isinstance(x, Tensor), name, describe(x), "a tensor [B, T, H, D]")
     expect(x.ndim == 4, name, f"shape {list(x.shape)}", "4 dimensions [B, T, H, D]")
     expect(x.dtype in FLOATS, name, x.dtype, "a floating point dtype", "cast it first")
     if like is not None:
         expect(
             x.shape == like.shape and x.dtype == like.dtype and x.device == like.device,
             name,
-            f"{x.dtype} {list(x.shape)} on {x.device}",
-            f"{like.dtype} {list(like.shape)} on {like.device} like the other tokens",
+            describe(x),
+            f"{describe(like)} like the other tokens",
         )
 
 
 def check_gate(name: str, gate: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
-    """A gate of ``shape``, or None."""
-    if gate is None:
+    """A gate of ``shape``; momentum and decay may be None."""
+    if gate is None and name != "lr":
         return
     expect(
-        tuple(gate.shape) == tuple(shape) and gate.dtype in FLOATS and gate.device == device,
+        is_float(gate) and tuple(gate.shape) == tuple(shape) and gate.device == device,
         name,
-        f"{gate.dtype} {list(gate.shape)} on {gate.device}",
+        describe(gate),
         f"floating point {list(shape)} on {device}",
     )
 
@@ -69,6 +83,25 @@ def check_gates(lr: Tensor | None, momentum: Tensor | None, decay: Tensor | None
         )
 
 
+def check_write_options(step: str, chunk_size: int | None, max_grad_norm: float | None) -> None:
+    """How a write is done."""
+    expect(step in ("token", "chunk"), "step", describe(step), "'token' or 'chunk'")
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    expect(
+        chunk_size is None or (whole and 1 <= chunk_size < 2**63),
+        "chunk_size",
+        describe(chunk_size),
+        "an int of at least 1, or None",
+    )
+    number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    expect(
+        max_grad_norm is None or (number and 1e-18 <= max_grad_norm <= 1e18),  # float32 squares
+        "max_grad_norm",
+        describe(max_grad_norm),
+        "a number from 1e-18 to 1e18, or None",
+    )
+
+
 def check_chunk_gates(
     cu_seqlens: Tensor | None, chunk_size: int | None, **gates: Tensor | None
 ) -> None:
@@ -85,8 +118,10 @@ def check_memory(
     state: MemoryState, tokens: Tensor, rows: int, residual_norm: bool, activation: str
 ) -> None:
     """The state fits ``tokens`` ``[B, T, H, D]`` and ``rows`` sequences."""
-    expect(activation in ACTIVATIONS, "activation", repr(activation), f"one of {[*ACTIVATIONS]}")
-    expect(isinstance(state, MemoryState), "state", type(state).__name__, "a MemoryState")
+    known = isinstance(activation, str) and activation in ACTIVATIONS
+    expect(known, "activation", describe(activation), f"one of {[*ACTIVATIONS]}")
+    expect(isinstance(residual_norm, bool), "residual_norm", describe(residual_norm), "a bool")
+    check_fields(state)
     heads, dim = tokens.shape[2:]
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     layers = len(state.weights) - residual_norm
@@ -109,15 +144,33 @@ def check_memory(
         "both or neither",
         "take both from the state that the last call returned",
     )
+    if state.position is not None:
+        position = state.position
+        good = isinstance(position, Tensor) and position.dtype == torch.int64
+        expect(
+            good and position.shape == (rows,) and position.device == tokens.device,
+            "state.position",
+            describe(position),
+            f"int64 [{rows}] on {tokens.device}",
+        )
+
+
+def check_fields(state: MemoryState) -> None:
+    """A MemoryState with a tuple or list of tensors in every field that has some."""
+    expect(isinstance(state, MemoryState), "state", describe(state), "a MemoryState")
+    for name, field in zip(state._fields[:3], state, strict=False):
+        if field is not None or name != "anchor":
+            good = isinstance(field, (tuple, list)) and all(is_float(x) for x in field)
+            expect(good, f"state.{name}", describe(field), "a floating point tensor per layer")
 
 
 def check_state_tensor(
     name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
     expect(
-        tuple(x.shape) == tuple(shape) and x.dtype == dtype and x.device == device,
+        is_float(x) and tuple(x.shape) == tuple(shape) and x.dtype == dtype and x.device == device,
         name,
-        f"{x.dtype} {list(x.shape)} on {x.device}",
+        describe(x),
         f"{dtype} {list(shape)} on {device}",
         "a state belongs to one memory size; state is float32 (float64 for float64 tokens)",
     )
@@ -125,6 +178,7 @@ def check_state_tensor(
 
 def check_like_weights(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """One tensor per layer with the shape, dtype and device of the weights."""
+    expect(isinstance(tensors, (tuple, list)), name, describe(tensors), "a tensor per layer")
     expect(
         len(tensors) == len(weights), name, f"{len(tensors)} tensors", f"{len(weights)}, per layer"
     )
@@ -136,6 +190,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, tokens: Tensor) -> int:
     """Returns the number of sequences."""
     if cu_seqlens is None:
         return tokens.shape[0]
+    expect(isinstance(cu_seqlens, Tensor), "cu_seqlens", describe(cu_seqlens), "a tensor, or None")
     expect(
         tokens.shape[0] == 1,
         "cu_seqlens",
@@ -145,10 +200,11 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, tokens: Tensor) -> int:
     expect(
         cu_seqlens.ndim == 1
         and len(cu_seqlens) >= 2
-        and cu_seqlens.dtype in (torch.int32, torch.int64),
+        and cu_seqlens.dtype in (torch.int32, torch.int64)
+        and cu_seqlens.device == tokens.device,
         "cu_seqlens",
-        f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}",
-        "int32 or int64 [N + 1]",
+        describe(cu_seqlens),
+        f"int32 or int64 [N + 1] on {tokens.device}",
     )
     return len(cu_seqlens) - 1
 

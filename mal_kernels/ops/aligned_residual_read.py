@@ -10,6 +10,8 @@ Every other row of ``hidden`` comes back bit for bit. ``3·Dm·H·D + 2·H·D·E
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,15 @@ from ..errors import ArgumentError
 from ..reference import ReadParams
 from ..state import MemoryState
 from ._backend import fresh, full_precision, memory_limit, resolve
-from ._check import FLOATS, check_index, check_memory, check_state_tensor, expect
+from ._check import (
+    check_fields,
+    check_index,
+    check_memory,
+    check_state_tensor,
+    describe,
+    expect,
+    is_float,
+)
 
 
 @torch.library.custom_op("mal_kernels::aligned_residual_read", mutates_args=())
@@ -32,20 +42,22 @@ def _forward(
     residual_norm: bool,
     backend: str,
 ) -> Tensor:
-    check_index("token_index", token_index, hidden.shape[:-1].numel())
-    check_index("state_index", state_index, weights[0].shape[0])
-    _check_unique(token_index)
+    _check_places(hidden, token_index, state_index, weights)
+    inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
     if backend == "triton":
         from .._triton.aligned_residual_read import aligned_fwd
 
-        inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
         return aligned_fwd(*inputs)
     with full_precision(hidden.device):
-        out = _read(hidden, token_index, state_index, weights, params, activation, residual_norm)
-    return fresh(out)
+        return fresh(_read(*inputs))
 
 
-def _check_unique(token_index: Tensor) -> None:
+def _check_places(
+    hidden: Tensor, token_index: Tensor, state_index: Tensor, weights: list[Tensor]
+) -> None:
+    """Values of the indices."""
+    check_index("token_index", token_index, hidden.shape[:-1].numel())
+    check_index("state_index", state_index, weights[0].shape[0])
     if token_index.device.type == "cpu" and len(token_index.unique()) < len(token_index):
         raise ArgumentError(
             "token_index: got the same position twice, expected every audio token once"
@@ -72,6 +84,33 @@ def _read(
 @_forward.register_fake
 def _(hidden, *_):
     return hidden.new_empty(hidden.shape)
+
+
+@torch.library.custom_op("mal_kernels::aligned_residual_read_", mutates_args=("hidden",))
+def _forward_(
+    hidden: Tensor,
+    token_index: Tensor,
+    state_index: Tensor,
+    weights: list[Tensor],
+    params: list[Tensor],
+    activation: str,
+    residual_norm: bool,
+    backend: str,
+) -> None:
+    _check_places(hidden, token_index, state_index, weights)
+    inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
+    if backend == "triton":
+        from .._triton.aligned_residual_read import aligned_fwd
+
+        aligned_fwd(*inputs, in_place=True)
+        return
+    with full_precision(hidden.device):
+        hidden.copy_(_read(*inputs))
+
+
+@_forward_.register_fake
+def _(*_):
+    return None
 
 
 @torch.library.custom_op("mal_kernels::aligned_residual_read_bwd", mutates_args=())
@@ -168,36 +207,131 @@ def aligned_residual_read(
         >>> (out != hidden).any(-1).flatten().nonzero().flatten()
         tensor([ 1,  2,  9, 10])
     """
+    inputs = _checked(*(hidden, token_index, state_index, state, params), activation, residual_norm)
+    return _forward(*inputs, _backend_of(hidden, token_index, state, residual_norm, backend))
+
+
+def aligned_residual_read_(
+    hidden: Tensor,
+    token_index: Tensor,
+    state_index: Tensor,
+    state: MemoryState,
+    params: ReadParams,
+    *,
+    activation: str = "gelu",
+    residual_norm: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`aligned_residual_read` into ``hidden`` itself, for inference.
+
+    The Triton kernels touch the named rows alone: three launches, and no copy of ``hidden``.
+
+    Args:
+        hidden: ``[B, S, Dm]``, contiguous; changed.
+        token_index: as there, and so are the other arguments.
+        state_index: ``[N]``.
+        state: any number of rows.
+        params: of the read.
+        activation: gelu (erf), gelu_tanh, silu or relu.
+        residual_norm: as there.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        ``hidden``.
+
+    Raises:
+        ArgumentError: as there, or ``hidden`` is not contiguous, or a gradient would be recorded;
+            ``hidden`` is as it was.
+        BackendUnavailable: ``backend`` cannot serve this call.
+
+    Example:
+        >>> import torch
+        >>> from mal_kernels import MemoryState, ops
+        >>> hidden, audio = torch.randn(2, 6, 24), torch.tensor([1, 2, 9, 10])
+        >>> state = MemoryState.from_weights([torch.randn(2, 2, 8, 8)] * 2)
+        >>> w_q, w_gate = torch.randn(2, 16, 24)
+        >>> params = ops.ReadParams(torch.ones(24), w_q, w_gate, torch.randn(24, 16))
+        >>> new = ops.aligned_residual_read(hidden, audio, audio // 6, state, params)
+        >>> out = ops.aligned_residual_read_(hidden, audio, audio // 6, state, params)
+        >>> out is hidden, torch.equal(out, new)
+        (True, True)
+    """
+    inputs = _checked(*(hidden, token_index, state_index, state, params), activation, residual_norm)
     expect(
-        hidden.ndim == 3 and hidden.dtype in FLOATS,
+        hidden.is_contiguous(),
         "hidden",
-        f"{hidden.dtype} {list(hidden.shape)}",
+        f"strides {list(hidden.stride())}",
+        "a contiguous tensor",
+        "use aligned_residual_read",
+    )
+    expect(
+        not (torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(inputs))),
+        "hidden",
+        "a call that records gradients",
+        "inference: what is overwritten cannot be differentiated",
+        "use torch.no_grad(), or aligned_residual_read",
+    )
+    _forward_(*inputs, _backend_of(hidden, token_index, state, residual_norm, backend))
+    return hidden
+
+
+def _tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
+    """All float tensors of the operator's arguments."""
+    hidden, _, _, weights, params, *_ = inputs
+    return [hidden, *weights, *params]
+
+
+def _checked(
+    hidden: Tensor,
+    token_index: Tensor,
+    state_index: Tensor,
+    state: MemoryState,
+    params: ReadParams,
+    activation: str,
+    residual_norm: bool,
+) -> tuple[Any, ...]:
+    """The operator's arguments but for the backend, of fitting shapes."""
+    expect(
+        is_float(hidden) and hidden.ndim == 3,
+        "hidden",
+        describe(hidden),
         "floating point [B, S, Dm]",
     )
-    n, width = len(token_index), hidden.shape[-1]
     for name, index in (("token_index", token_index), ("state_index", state_index)):
-        check_state_index(name, index, n, hidden.device)
-    heads, dim = state.weights[0].shape[1:3]
+        check_state_index(name, index, token_index, hidden.device)
+    check_fields(state)
+    first = state.weights[0] if state.weights else None
+    expect(
+        first is not None and first.ndim == 4, "state.weights[0]", describe(first), "[B, H, D, E]"
+    )
+    width, (heads, dim) = hidden.shape[-1], state.weights[0].shape[1:3]
     like = hidden.new_empty(0, 0, heads, dim)
     check_memory(state, like, state.batch_size, residual_norm, activation)
     inner = heads * dim
     shapes = ((width,), (inner, width), (inner, width), (width, inner))
+    expect(isinstance(params, ReadParams), "params", describe(params), "a ReadParams")
     for name, p, shape in zip(ReadParams._fields, params, shapes, strict=True):
+        expect(is_float(p), f"params.{name}", describe(p), f"floating point {list(shape)}")
         check_state_tensor(f"params.{name}", p, shape, p.dtype, hidden.device)
     weights = list(state.weights)
-    limit = memory_limit(hidden.dtype, weights, residual_norm, linear=128)
-    name = resolve(backend, "aligned_residual_read", hidden.device, limit)
-    return _forward(
-        *(hidden, token_index, state_index, weights, list(params), activation, residual_norm, name)
+    return (hidden, token_index, state_index, weights, list(params), activation, residual_norm)
+
+
+def _backend_of(
+    hidden: Tensor, token_index: Tensor, state: MemoryState, residual_norm: bool, backend: str
+) -> str:
+    limit = memory_limit(hidden.dtype, state.weights, residual_norm, linear=128)
+    return resolve(
+        *(backend, "aligned_residual_read", hidden.device, limit),
+        dtype=hidden.dtype,
+        features=state.weights[0].shape[2],
+        tokens=len(token_index),
     )
 
 
-def check_state_index(name: str, index: Tensor, n: int, device: torch.device) -> None:
-    """``[N]`` int64 on ``device``."""
-    expect(
-        index.ndim == 1 and len(index) == n and index.dtype == torch.int64,
-        name,
-        f"{index.dtype} {list(index.shape)}",
-        f"int64 [{n}]",
-    )
+def check_state_index(name: str, index: Tensor, like: Tensor, device: torch.device) -> None:
+    """``[N]`` int64 on ``device``, as many as ``like`` has."""
+    good = isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.int64
+    expect(good, name, describe(index), "int64 [N]")
+    expect(len(index) == len(like), name, f"{len(index)}", f"{len(like)}, one per token")
     expect(index.device == device, name, f"on {index.device}", f"on {device} like hidden")

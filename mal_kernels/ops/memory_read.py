@@ -133,5 +133,10 @@ def memory_read(
     limit = memory_limit(q.dtype, weights, residual_norm)
     if cu_seqlens is not None and rows > 4096:  # every program finds its sequence among all
         limit = f"the kernels serve up to 4096 ragged sequences, not {rows}"
-    name = resolve(backend, "memory_read", q.device, limit)
+    name = resolve(
+        *(backend, "memory_read", q.device, limit),
+        dtype=q.dtype,
+        features=q.shape[3],
+        tokens=q.shape[0] * q.shape[1],
+    )
     return _forward(q, weights, cu_seqlens, activation, residual_norm, name)

@@ -14,13 +14,15 @@ from ..reference import MomentumScan
 from ..state import MemoryState
 from ._backend import fresh, full_precision, resolve
 from ._check import (
-    FLOATS,
     check_bounds,
     check_cu_seqlens,
+    check_fields,
     check_gate,
     check_gates,
     check_state_tensor,
+    describe,
     expect,
+    is_float,
 )
 
 
@@ -39,6 +41,10 @@ def _forward(
         from .._triton.momentum_scan import scan_fwd
 
         return scan_fwd(update, momentum, decay, state, cu_seqlens)
+    if backend == "cuda":
+        from .._cuda import momentum_scan as cuda
+
+        return cuda.scan_fwd(update, momentum, decay, state, cu_seqlens)
     with full_precision(update.device):
         weights, trace = _scan(update, momentum, decay, state, cu_seqlens)
     return fresh(weights), fresh(trace)
@@ -80,6 +86,11 @@ def _backward(
 
         inputs = (update, momentum, decay, state, cu_seqlens)
         return scan_bwd(d_weights, d_trace, weights, trace, *inputs)
+    if backend == "cuda":
+        from .._cuda import momentum_scan as cuda
+
+        inputs = (update, momentum, decay, state, cu_seqlens)
+        return cuda.scan_bwd(d_weights, d_trace, weights, trace, *inputs)
 
     def forward(update, momentum, decay, state):
         # None is no value to torch.func: an absent gate is an empty list
@@ -149,9 +160,9 @@ def momentum_scan(
         tensor([1.0000, 1.5000, 1.7500, 1.8750, 1.9375])
     """
     expect(
-        update.ndim >= 3 and update.dtype in FLOATS,
+        is_float(update) and update.ndim >= 3,
         "update",
-        f"{update.dtype} {list(update.shape)}",
+        describe(update),
         "floating point [B, T, H, ...]",
     )
     rows = check_cu_seqlens(cu_seqlens, update)
@@ -159,6 +170,7 @@ def momentum_scan(
     check_gate("decay", decay, update.shape[:3], update.device)
     tensors = []
     if state is not None:
+        check_fields(state)
         dtype = torch.promote_types(update.dtype, torch.float32)
         for name, field in (("weights", state.weights), ("momentum", state.momentum)):
             expect(len(field) == 1, f"state.{name}", f"{len(field)} tensors", "one tensor")
@@ -166,5 +178,11 @@ def momentum_scan(
             check_state_tensor(f"state.{name}[0]", field[0], shape, dtype, update.device)
             tensors.append(field[0])
     limit = "float64 is served by the reference alone" if update.dtype == torch.float64 else None
-    name = resolve(backend, "momentum_scan", update.device, limit)
+    name = resolve(
+        *(backend, "momentum_scan", update.device, limit),
+        cuda_limit=limit,
+        dtype=update.dtype,
+        features=update.shape[3:].numel(),
+        tokens=update.shape[0] * update.shape[1],
+    )
     return MomentumScan(*_forward(update, momentum, decay, tensors, cu_seqlens, name))

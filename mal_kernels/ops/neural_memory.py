@@ -32,7 +32,10 @@ from ._check import (
     check_like_weights,
     check_memory,
     check_tokens,
+    check_write_options,
+    describe,
     expect,
+    is_float,
 )
 
 
@@ -67,6 +70,14 @@ def _forward(
 
         return memory_fwd(
             q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
+            chunk_size, step, activation, residual_norm, max_grad_norm,
+            keeps=keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step),
+        )  # fmt: skip
+    if backend == "cuda":
+        from .._cuda import neural_memory as cuda
+
+        return cuda.memory_fwd(
+            k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
             chunk_size, step, activation, residual_norm, max_grad_norm,
             keeps=keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step),
         )  # fmt: skip
@@ -285,15 +296,15 @@ def neural_memory(
     check_memory(state, k, rows, residual_norm, activation)
     if init is not None:
         check_like_weights("init", init, state.weights)
-    expect(step in ("token", "chunk"), "step", repr(step), "'token' or 'chunk'")
-    expect(chunk_size is None or chunk_size >= 1, "chunk_size", chunk_size, "at least 1, or None")
-    expect(
-        max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", max_grad_norm, "> 0, or None"
-    )
+    check_write_options(step, chunk_size, max_grad_norm)
     check_gate("lr", lr, k.shape[:3], k.device)
     n_gates = _chunk_gates(k, cu_seqlens, chunk_size) if step == "chunk" else k.shape[1]
     for name, gate in (("momentum", momentum), ("decay", decay)):
         if gate is not None:
+            expect(
+                *(is_float(gate) and gate.ndim == 3, name, describe(gate)),
+                "floating point [B, T or NC, H], or None",
+            )
             n = gate.shape[1:2].numel() if n_gates is None else n_gates
             check_gate(name, gate, (k.shape[0], n, k.shape[2]), k.device)
     expect(
@@ -309,14 +320,43 @@ def neural_memory(
         *(state.position, cu_seqlens),
         *(chunk_size, step, activation, residual_norm, max_grad_norm),
         resolve(
-            *(backend, "neural_memory", k.device),
+            *(backend, "memory_update" if q is None else "neural_memory", k.device),
             memory_limit(k.dtype, state.weights, residual_norm),
+            cuda_limit=_cuda_limit(k, (v, lr, momentum, decay), state, init, residual_norm),
+            dtype=k.dtype,
+            features=k.shape[3],
+            tokens=k.shape[0] * k.shape[1],
         ),
     )
     new = MemoryState(tuple(weights), tuple(trace))
     if anchor:
         new = new._replace(anchor=tuple(anchor), position=position)
     return NeuralMemoryOutput(output, new, surprise)
+
+
+def _cuda_limit(
+    k: Tensor,
+    tokens: Sequence[Tensor | None],
+    state: MemoryState,
+    init: Sequence[Tensor] | None,
+    residual_norm: bool,
+) -> str | None:
+    """Why the CUDA kernel of the write cannot serve a call."""
+    depth, dim, width = len(state.weights) - residual_norm, k.shape[3], state.weights[0].shape[3]
+    differentiable = [x for x in (k, *tokens, *state.tensors(), *(init or ())) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
+        return "the CUDA kernel has no backward yet: call it under torch.no_grad()"
+    if k.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernel takes float16 and bfloat16 tokens, not {k.dtype}"
+    most = 512 if dim <= 64 else 256
+    if depth > 2 or dim % 8 or dim > 128 or width > most:
+        return (
+            "the CUDA kernel serves depth 1 and 2, a multiple of 8 features up to 128 and, of this "
+            f"many, up to {most} hidden units; not depth {depth}, {dim} features, {width} units"
+        )
+    if k.is_cuda and torch.cuda.get_device_capability(k.device) < (9, 0):
+        return "the CUDA kernel needs the clusters of compute capability 9.0"
+    return None
 
 
 def _chunk_gates(k: Tensor, cu_seqlens: Tensor | None, chunk_size: int | None) -> int | None:

@@ -1,21 +1,19 @@
-"""Tiny random hosts: the real classes of transformers, with weights that are made in a moment."""
+"""Configurations of the tiny hosts: the real classes of transformers, only narrow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .errors import ArgumentError
-from .hosts import Host
+from . import audio
+from .audio import LONGEST, frames
 
 VOCABULARY, IMAGE, VIDEO, AUDIO, BEGIN, END = 64, 56, 57, 60, 61, 62
-LONGEST = 10  # audio tokens of a clip
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class Recipe:
         audio: makes the audio arguments of ``N`` clips, from their numbers of tokens ``[N]``.
         text: where the arguments of the text model belong in ``config``.
         tokens: how many tokens every clip has, if the host leaves no choice.
+        rows: whether ``audio`` is given the tokens of the clips of each row ``[B, C]`` instead.
+        beams: whether the host has beam search.
     """
 
     model: str
@@ -35,107 +35,9 @@ class Recipe:
     audio: Callable[[Tensor, torch.Generator], dict[str, Any]]
     text: tuple[str, ...] = ("text_config",)
     tokens: int | None = None
+    rows: bool = False
+    beams: bool = True
 
-
-# --- audio ----------------------------------------------------------------------------------------
-
-
-def frames(
-    tokens: Tensor,
-    generator: torch.Generator,
-    *,
-    per_token: int = 4,
-    less: int = 0,
-    bins: int = 8,
-    width: int | None = None,
-    time_first: bool = False,
-    name: str = "input_features",
-    mask: str | None = "input_features_mask",
-    mask_dtype: torch.dtype = torch.long,
-) -> dict[str, Any]:
-    """A spectrogram ``[N, bins, frames]``, or ``[N, frames, bins]``, and the mask of its frames.
-
-    A clip has ``per_token`` frames for each of its tokens, ``less`` a few.
-    """
-    length = tokens * per_token - less
-    heard = length[:, None] > torch.arange(width or int(length.max()))  # [N, frames]
-    features = torch.randn(len(tokens), bins, heard.shape[1], generator=generator) * heard[:, None]
-    inputs: dict[str, Any] = {name: features.mT.contiguous() if time_first else features}
-    return inputs if mask is None else {**inputs, mask: heard.to(mask_dtype)}
-
-
-def granite_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """The mask is one of tokens, not of frames."""
-    return frames(tokens, generator, per_token=2, time_first=True, mask=None) | {
-        "input_features_mask": tokens[:, None] > torch.arange(int(tokens.max()))
-    }
-
-
-def moss_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Two masks: of frames, and of samples."""
-    made = frames(tokens, generator, per_token=8, width=8 * LONGEST)
-    return {**made, "padding_mask": made["input_features_mask"]}
-
-
-def phi_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """The number of tokens is an argument of its own."""
-    made = frames(
-        tokens,
-        generator,
-        per_token=8,
-        time_first=True,
-        name="audio_input_features",
-        mask="audio_attention_mask",
-        mask_dtype=torch.bool,
-    )
-    return {**made, "audio_embed_sizes": tokens}
-
-
-def dots_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Lengths are counted in samples."""
-    made = frames(tokens, generator, per_token=8, mask=None)
-    return {**made, "chunk_sample_lengths": tokens * 8 * 160}
-
-
-def inkling_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Discrete spectrograms: one of 8 levels per bin."""
-    mask = tokens[:, None] > torch.arange(int(tokens.max()))
-    levels = torch.randint(8, (*mask.shape, 4), generator=generator)
-    return {"audio_input_ids": levels * mask[..., None], "audio_input_ids_mask": mask.long()}
-
-
-def vibevoice_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Samples ``[N, 1, T]``; without ``sample=False`` the host adds noise to what it hears."""
-    made = frames(tokens, generator, bins=1, name="input_values", mask="padding_mask")
-    return {**made, "sample": False}
-
-
-def muse_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Samples ``[N, T]``."""
-    made = frames(tokens, generator, bins=1, name="input_values", mask="input_values_mask")
-    return {**made, "input_values": made["input_values"][:, 0]}
-
-
-def moonshine_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Samples ``[N, T]``, 384 for a token and some more that three convolutions take."""
-    width = 384 * int(tokens.max()) + 511
-    made = frames(tokens, generator, per_token=384, bins=1, width=width, mask="attention_mask")
-    return {"input_values": made["input_features"][:, 0], "attention_mask": made["attention_mask"]}
-
-
-def realtime_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Audio that is added to the embeddings of a prompt ``[N, 2]`` and of what is generated."""
-    prompt = torch.randint(3, 50, (len(tokens), 2), generator=generator)
-    made = frames(tokens, generator, per_token=8, mask=None)
-    return {"input_ids": prompt, "num_delay_tokens": 2, **made}
-
-
-def kyutai_audio(tokens: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Samples ``[N, 1, T]``, 32 for a token."""
-    return frames(tokens, generator, per_token=32, bins=1, name="input_values", mask=None)
-
-
-# --- configurations -------------------------------------------------------------------------------
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 TEXT = {
@@ -235,6 +137,22 @@ VIBEVOICE_ENCODER = {
     "num_filters": 4,
     "downsampling_ratios": [2, 2],
     "depths": [1, 1, 1],
+    "vae_std": 0.0,  # what it hears would have noise
+}
+VIBEVOICE_CODEC = {**VIBEVOICE_ENCODER, "model_type": "vibevoice_acoustic_tokenizer"}
+MIMI = {
+    **SIZES,
+    "model_type": "mimi",
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_filters": 4,
+    "upsampling_ratios": [4, 4],
+    "upsample_groups": 16,
+    "codebook_size": 16,
+    "codebook_dim": 8,
+    "vector_quantization_hidden_dimension": 8,
+    "num_quantizers": 4,
 }
 GEMMA = {
     "audio_token_id": AUDIO,
@@ -302,7 +220,7 @@ RECIPES = {
         },
         FRAMES_8,
     ),
-    "granite_speech": Recipe("GraniteSpeechForConditionalGeneration", GRANITE, granite_audio),
+    "granite_speech": Recipe("GraniteSpeechForConditionalGeneration", GRANITE, audio.granite),
     "granite_speech_plus": Recipe(
         "GraniteSpeechPlusForConditionalGeneration",
         {
@@ -310,7 +228,7 @@ RECIPES = {
             "encoder_config": {**GRANITE["encoder_config"], "cat_hidden_layers": [1]},
             "projector_config": {**GRANITE["projector_config"], "encoder_hidden_size": 32},
         },
-        granite_audio,
+        audio.granite,
     ),
     "qwen2_5_omni_thinker": Recipe(
         "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -384,7 +302,7 @@ RECIPES = {
             "semantic_tokenizer_encoder_config": VIBEVOICE_ENCODER,
             "acoustic_tokenizer_chunk_size": 400,
         },
-        vibevoice_audio,
+        audio.vibevoice,
     ),
     "moss_transcribe_diarize": Recipe(
         "MossTranscribeDiarizeForConditionalGeneration",
@@ -393,7 +311,7 @@ RECIPES = {
             "text_config": TEXT_8,
             "audio_config": {**WHISPER, "max_source_positions": 4 * LONGEST},
         },
-        moss_audio,
+        audio.moss,
     ),
     "dots3_note": Recipe(
         "Dots3NoteForConditionalGeneration",
@@ -438,7 +356,7 @@ RECIPES = {
                 "adapter_out_dim": 32,
             },
         },
-        dots_audio,
+        audio.dots,
     ),
     "inkling_mm_model": Recipe(
         "InklingForConditionalGeneration",
@@ -464,7 +382,7 @@ RECIPES = {
                 "num_attention_heads": 2,
             },
         },
-        inkling_audio,
+        audio.inkling,
     ),
     "muse_spark": Recipe(
         "MuseSparkForConditionalGeneration",
@@ -484,7 +402,7 @@ RECIPES = {
             },
             "vision_config": {**SIZES, "num_hidden_layers": 1},
         },
-        muse_audio,
+        audio.muse,
     ),
     "gemma3n": Recipe(
         "Gemma3nForConditionalGeneration",
@@ -568,7 +486,7 @@ RECIPES = {
                 "image_token_id": IMAGE,
             },
         },
-        phi_audio,
+        audio.phi,
         text=(),
     ),
     "nemo_speechlm": Recipe(
@@ -623,9 +541,100 @@ RECIPES = {
         },
         partial(frames, per_token=8, less=1, time_first=True),
     ),
+    "vibevoice": Recipe(
+        "VibeVoiceForConditionalGeneration",
+        {
+            "audio_token_id": AUDIO,
+            "audio_bos_token_id": BEGIN,
+            "audio_eos_token_id": END,
+            "pad_token_id": 0,
+            "eos_token_id": END,
+            "text_config": {**TEXT, "model_type": "qwen2"},
+            "audio_config": VIBEVOICE_CODEC,
+            "semantic_model_config": {
+                **VIBEVOICE_ENCODER,
+                "model_type": "vibevoice_acoustic_tokenizer_encoder",
+            },
+            "diffusion_head_config": {
+                "hidden_size": 32,
+                "latent_size": VIBEVOICE_ENCODER["hidden_size"],
+                "num_hidden_layers": 1,
+                "intermediate_size": 16,
+            },
+        },
+        audio.vibevoice,
+        beams=False,
+    ),
+    "csm": Recipe(
+        "CsmForConditionalGeneration",
+        {
+            **TEXT_8,
+            "vocab_size": 17,
+            "text_vocab_size": VOCABULARY,
+            "num_codebooks": 4,
+            "codebook_pad_token_id": 16,
+            "codebook_eos_token_id": 0,
+            "audio_token_id": AUDIO,
+            "audio_eos_token_id": END,
+            "depth_decoder_config": {
+                **SIZES,
+                "num_hidden_layers": 1,
+                "num_key_value_heads": 2,
+                "vocab_size": 17,
+                "num_codebooks": 4,
+                "backbone_hidden_size": 32,
+            },
+            "codec_config": MIMI,
+        },
+        audio.csm,
+        text=(),
+        rows=True,
+        beams=False,
+    ),
+    "higgs_audio_v2": Recipe(
+        "HiggsAudioV2ForConditionalGeneration",
+        {
+            **TEXT_8,
+            "eos_token_id": VOCABULARY - 1,
+            "num_codebooks": 2,
+            "codebook_size": 16,
+            "audio_token_id": AUDIO,
+            "audio_bos_token_id": BEGIN,
+            "audio_delay_token_id": 59,
+            "audio_stream_bos_id": 14,
+            "audio_stream_eos_id": 15,
+        },
+        audio.higgs,
+        text=(),
+        rows=True,
+        beams=False,
+    ),
 }
 
 SPEECH_TO_TEXT = {**TEXT, "eos_token_id": VOCABULARY - 1, "decoder_start_token_id": 1}
+PARAKEET = {
+    **SIZES,
+    "num_hidden_layers": 1,
+    "num_mel_bins": 8,
+    "subsampling_conv_channels": 4,
+}
+SEAMLESS = {
+    **SPEECH_TO_TEXT,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 16,
+    "feature_projection_input_dim": 8,
+    "speech_encoder_layers": 1,
+    "speech_encoder_attention_heads": 2,
+    "speech_encoder_intermediate_size": 16,
+    "adaptor_kernel_size": 8,
+    "adaptor_stride": 8,
+    "num_adapter_layers": 1,
+    "max_source_positions": 128,
+}
 # text attends to their encoder
 ENCODERS = {
     "whisper": Recipe(
@@ -652,9 +661,71 @@ ENCODERS = {
             "encoder_num_attention_heads": 2,
             "decoder_num_attention_heads": 2,
         },
-        moonshine_audio,
+        audio.moonshine,
         text=(),
     ),
+    "moonshine_streaming": Recipe(
+        "MoonshineStreamingForConditionalGeneration",
+        {
+            **SPEECH_TO_TEXT,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 4,
+            "encoder_config": {
+                **SIZES,
+                "num_hidden_layers": 1,
+                "num_key_value_heads": 2,
+                "sliding_windows": [[16, 4]],
+            },
+        },
+        audio.moonshine_streaming,
+        text=(),
+    ),
+    "canary": Recipe(
+        "CanaryForConditionalGeneration",
+        {
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": VOCABULARY - 1,
+            "decoder_start_token_id": 1,
+            "vocab_size": VOCABULARY,
+            "encoder_config": {**PARAKEET, "hidden_size": 32},
+            "decoder_config": {**TEXT_8, "num_key_value_heads": 4},
+        },
+        partial(frames, per_token=8, time_first=True, mask="attention_mask"),
+        text=("decoder_config",),
+    ),
+    "cohere_asr": Recipe(
+        "CohereAsrForConditionalGeneration",
+        {**SPEECH_TO_TEXT, "encoder_config": PARAKEET, "head_dim": 8},
+        partial(frames, per_token=8, time_first=True, mask="attention_mask"),
+        text=(),
+    ),
+    "speech_to_text": Recipe(
+        "Speech2TextForConditionalGeneration",
+        {
+            **SPEECH_TO_TEXT,
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 16,
+            "conv_channels": 16,
+            "input_feat_per_channel": 8,
+        },
+        partial(frames, per_token=4, time_first=True, mask="attention_mask"),
+        text=(),
+    ),
+    **{
+        f"seamless_m4t{version}": Recipe(
+            f"SeamlessM4T{version.removeprefix('_')}ForSpeechToText",
+            SEAMLESS,
+            partial(frames, per_token=8, less=8, time_first=True, mask="attention_mask"),
+            text=(),
+        )
+        for version in ("", "_v2")
+    },
 }
 
 # every position is audio
@@ -665,7 +736,7 @@ STREAMING = {
             "text_config": {**TEXT_8, "sliding_window": 64},
             "audio_config": {**SIZES, "num_hidden_layers": 1, "num_mel_bins": 8, "head_dim": 8},
         },
-        realtime_audio,
+        audio.realtime,
     ),
     "kyutai_speech_to_text": Recipe(
         "KyutaiSpeechToTextForConditionalGeneration",
@@ -677,118 +748,32 @@ STREAMING = {
             "audio_bos_token_id": 16,
             "audio_pad_token_id": VOCABULARY + 4 * 17,
             "num_key_value_heads": 4,
-            "codec_config": {
+            "codec_config": MIMI,
+        },
+        audio.kyutai,
+        text=(),
+    ),
+    "moshi": Recipe(
+        "MoshiForConditionalGeneration",
+        {
+            **TEXT_8,
+            "ffn_dim": 32,
+            "num_key_value_heads": 4,
+            "num_codebooks": 4,
+            "audio_vocab_size": 16,
+            "audio_encoder_config": {**MIMI, "frame_rate": 750.0, "sampling_rate": 24000},
+            "depth_decoder_config": {
                 **SIZES,
-                "model_type": "mimi",
+                "vocab_size": VOCABULARY,
+                "ffn_dim": 32,
                 "num_hidden_layers": 1,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "num_filters": 4,
-                "upsampling_ratios": [4, 4],
-                "upsample_groups": 16,
-                "codebook_size": 16,
-                "codebook_dim": 8,
-                "vector_quantization_hidden_dimension": 8,
-                "num_quantizers": 4,
+                "num_codebooks": 4,
+                "audio_vocab_size": 16,
+                "input_size": 32,
+                "max_position_embeddings": 5,
             },
         },
-        kyutai_audio,
+        audio.moshi,
         text=(),
     ),
 }
-
-
-# --- hosts and prompts ----------------------------------------------------------------------------
-
-
-def tiny_host(name: str = "qwen2_audio", *, seed: int = 0, **overrides: Any) -> Any:
-    """A real transformers host with a tiny random configuration, in eval mode.
-
-    Args:
-        name: ``config.model_type``, a key of ``RECIPES``, ``ENCODERS`` or ``STREAMING``.
-        seed: of its weights.
-        overrides: fields of the text configuration, such as ``num_hidden_layers``.
-
-    Raises:
-        ArgumentError: there is no tiny host of that name.
-
-    Example:
-        >>> from mal_kernels.testing import tiny_host
-        >>> type(tiny_host("voxtral")).__name__
-        'VoxtralForConditionalGeneration'
-    """
-    import transformers
-
-    recipes = {**RECIPES, **ENCODERS, **STREAMING}
-    if name not in recipes:
-        raise ArgumentError(f"name is {name!r}; tiny hosts exist for {sorted(recipes)}.")
-    recipe = recipes[name]
-    config = _with(recipe.config, recipe.text, overrides)
-    host_class = getattr(transformers, recipe.model)
-    whole = transformers.AutoModel.from_config
-
-    def part(config: Any, **kwargs: Any) -> Any:
-        # this vision tower needs timm, and a prompt without images does not need it
-        unseen = config.model_type == "gemma3n_vision"
-        return nn.Identity() if unseen else whole(config, **kwargs)
-
-    with (
-        torch.random.fork_rng(devices=[]),
-        patch.object(transformers.AutoModel, "from_config", part),
-    ):
-        torch.manual_seed(seed)
-        host = host_class(host_class.config_class(**config))
-    answers: Any = Host.of(host).model
-    answers.generation_config.update(pad_token_id=0, eos_token_id=None, max_new_tokens=4)
-    return host.eval()
-
-
-def _with(config: Mapping[str, Any], path: Sequence[str], fields: Mapping[str, Any]) -> Any:
-    """A copy of nested ``config`` with ``fields`` set at ``path``."""
-    if not path:
-        return {**config, **fields}
-    return {**config, path[0]: _with(config[path[0]], path[1:], fields)}
-
-
-def tiny_inputs(
-    host: Any, clips: Sequence[Sequence[int]], *, seed: int = 0, side: str = "left"
-) -> dict[str, Any]:
-    """A prompt for :func:`tiny_host`: text around clips, padded to one length.
-
-    Args:
-        host: what the prompt is for.
-        clips: audio tokens (1 to 10) of every clip, for each row; a host whose clips all have the
-            same number of tokens keeps to that.
-        seed: of text and audio; the same seed and place in the batch give the same clip.
-        side: where rows are padded.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` ``[B, S]``; unless no row has a clip, also the audio
-        arguments of the host, with ``N`` clips: for Qwen2-Audio ``input_features``
-        ``[N, mels, frames]`` and ``feature_attention_mask`` ``[N, frames]``. Where text attends to
-        an encoder, ``decoder_input_ids`` ``[B, 3]`` and the audio of the first clip of each row;
-        for a streaming host what its ``generate`` takes.
-    """
-    name = host.config.model_type
-    generator = torch.Generator().manual_seed(seed)
-    if name not in RECIPES:
-        recipe = {**ENCODERS, **STREAMING}[name]
-        lengths = [recipe.tokens or row[0] for row in clips]
-        inputs = recipe.audio(torch.tensor(lengths), generator)
-        prompt = torch.randint(3, 50, (len(clips), 3), generator=generator)
-        return {**inputs, "decoder_input_ids": prompt} if name in ENCODERS else inputs
-    recipe = RECIPES[name]
-    audio = Host.of(host).audio_token_id
-    rows, lengths = [], []
-    for row in clips:
-        ids = [1, *torch.randint(3, 50, (2,), generator=generator).tolist()]
-        for tokens in (recipe.tokens or tokens for tokens in row):
-            ids += [BEGIN, *[audio] * tokens, END]
-            lengths.append(tokens)
-        rows.append(ids + torch.randint(3, 50, (3,), generator=generator).tolist())
-    width = max(map(len, rows))
-    pad = [[0] * (width - len(ids)) for ids in rows]
-    both = list(zip(rows, pad, strict=True))
-    padded = torch.tensor([p + ids if side == "left" else ids + p for ids, p in both])
-    inputs = {"input_ids": padded, "attention_mask": (padded != 0).long()}
-    return {**inputs, **recipe.audio(torch.tensor(lengths), generator)} if lengths else inputs

@@ -1,0 +1,265 @@
+"""One picture for each question, drawn from a result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.providers import AUTOGRAD, COMPILED, EAGER, LOOP, OURS, OURS_CHUNK, THEIRS, THEIRS_CHUNK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+INK, MAL, PEER, PLAIN = "#22313f", "#c0392b", "#2c7fb8", "#7f8c8d"
+SOLID, DASHED = "-", (0, (4, 2))
+STYLES: dict[str, dict[str, Any]] = {
+    OURS.name: {"color": MAL, "linestyle": SOLID, "marker": "o", "linewidth": 2.4},
+    OURS_CHUNK.name: {"color": MAL, "linestyle": DASHED, "marker": "o"},
+    THEIRS.name: {"color": PEER, "linestyle": SOLID, "marker": "s", "linewidth": 2.4},
+    THEIRS_CHUNK.name: {"color": PEER, "linestyle": DASHED, "marker": "s"},
+    EAGER.name: {"color": PLAIN, "linestyle": SOLID, "marker": "^"},
+    COMPILED.name: {"color": PLAIN, "linestyle": SOLID, "marker": "v"},
+    LOOP.name: {"color": PLAIN, "linestyle": ":", "marker": "x"},
+    AUTOGRAD.name: {"color": PLAIN, "linestyle": DASHED, "marker": "^"},
+}
+KINDS = {"forward_ms": "forward", "forward_backward_ms": "forward and backward"}
+
+
+def _sizes(axes: Axes, every: list[int], label: str) -> None:
+    """Powers of two along x, written out."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(every, [f"{x:,}" for x in every])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+
+
+def _throughput(axes: Axes, points: list[Result], size: Callable[[Result], int], kind: str) -> None:
+    """Tokens per second (of every head) over a size, one line per provider."""
+    for name, style in STYLES.items():
+        at = [p for p in points if name in p[kind]]
+        rate = [
+            1e3 * p["case"]["batch"] * p["case"]["tokens"] / p[kind][name]["median"] for p in at
+        ]
+        if at:
+            axes.plot([size(p) for p in at], rate, label=name, **{"markersize": 5} | style)
+    axes.set_yscale("log")
+    axes.set_title(KINDS[kind])
+
+
+def _two_kinds(
+    figure: Figure, points: list[Result], size: Callable[[Result], int], label: str
+) -> None:
+    axes = figure.subplots(1, 2, sharey=True)
+    for place, kind in zip(axes, KINDS, strict=True):
+        _throughput(place, points, size, kind)
+        _sizes(place, [size(p) for p in points], label)
+    axes[0].set_ylabel("tokens per second")
+    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def tokens(figure: Figure, found: Result) -> None:
+    """Throughput against T."""
+    figure.suptitle("Long sequences: tokens per second (B=1, H=4, D=64, E=128; higher is better)")
+    _two_kinds(figure, found["points"], lambda p: p["case"]["tokens"], "tokens in the sequence, T")
+
+
+def heads(figure: Figure, found: Result) -> None:
+    """Throughput against B·H."""
+    figure.suptitle("Batches: tokens per second (T=128, D=64, E=128; higher is better)")
+    _two_kinds(figure, found["points"], lambda p: p["case"]["batch"], "rows × heads, B·H")
+
+
+def sizes(figure: Figure, found: Result) -> None:
+    """Throughput against D and E."""
+    figure.suptitle("Wider memories, forward: tokens per second (T=128, H=4; higher is better)")
+    axes = figure.subplots(1, 2, sharey=True)
+    for place, (by, field, label) in zip(
+        axes,
+        (
+            ("features", "head_dim", "features of a head, D (E = 2 D)"),
+            ("width", "hidden_dim", "hidden width, E (D = 64)"),
+        ),
+        strict=True,
+    ):
+        points = found[by]
+        _throughput(place, points, lambda p, f=field: p["case"][f], "forward_ms")  # type: ignore[misc]
+        place.set_title("")
+        _sizes(place, [p["case"][field] for p in points], label)
+    axes[0].set_ylabel("tokens per second")
+    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def peers(figure: Figure, found: Result) -> None:
+    """Bars of the base case, fastest on top."""
+    figure.suptitle("One layer, T=512, H=4, D=64, E=128: milliseconds (lower is better)")
+    for axes, kind in zip(figure.subplots(1, 2), KINDS, strict=True):
+        row = sorted(found["cases"]["base"][kind].items(), key=lambda x: -x[1]["median"])
+        names, medians = [n for n, _ in row], [q["median"] for _, q in row]
+        bars = axes.barh(names, medians, color=[STYLES[n]["color"] for n in names], height=0.6)
+        for bar, name in zip(bars, names, strict=True):
+            bar.set_alpha(0.45 if "chunk steps" in name else 1.0)
+        axes.bar_label(bars, [f"{ms:.3g}" for ms in medians], padding=3)
+        axes.set(title=KINDS[kind], xscale="log", xlim=(min(medians) / 2, max(medians) * 3))
+        axes.grid(False)
+    figure.supxlabel("pale: chunk steps, which are less work", fontsize=9)
+
+
+def memory(figure: Figure, found: Result) -> None:
+    """Peak memory against T."""
+    axes = figure.subplots()
+    for name, row in found.items():
+        peaks = {int(t): x / 1e9 for t, x in row["peak_bytes"].items()}
+        label = f"{name}: {row['bytes_per_token'] / 1e3:,.0f} kB a token"
+        axes.plot(list(peaks), list(peaks.values()), label=label, **STYLES[name])
+        _sizes(axes, list(peaks), "tokens in the sequence, T")
+    axes.set_title("Training memory: peak of the process, forward and backward (H=4, D=64, E=128)")
+    axes.set(ylabel="GB, imports included", yscale="log")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def conversation(figure: Figure, found: Result) -> None:
+    """Milliseconds, bytes and tokens of a turn against the number of earlier turns."""
+    figure.suptitle("The next turn of a conversation (112 audio tokens; decoder of a narrow host)")
+    ways = {
+        "concatenation": (PEER, "s", "all turns in the prompt"),
+        "cache": (PLAIN, "^", "key-value cache"),
+        "memory": (MAL, "o", "memory (MAL)"),
+    }
+    panels = figure.subplots(1, 3)
+    for way, (color, marker, label) in ways.items():
+        rows = found[way]
+        measured = [x for x in rows if "ms" in x]
+        computed = [measured[-1], *(x for x in rows if "ms" not in x)]
+        look: Result = {"color": color, "markersize": 5}
+        turns = [max(x["turns"], 0.5) for x in rows]
+        ms = [x["ms"]["median"] for x in measured]
+        panels[0].plot(turns[: len(ms)], ms, marker=marker, label=label, **look)
+        if len(computed) > 1:
+            rest = [ms[-1], *(x["ms_by_formula"] for x in computed[1:])]
+            panels[0].plot([x["turns"] for x in computed], rest, linestyle=DASHED, **look)
+        wide = 4.0 if way == "concatenation" else 1.5  # its bytes are those of the cache
+        held = [x["bytes"] / 1e6 for x in rows]
+        panels[1].plot(turns, held, marker=marker, linewidth=wide, **look)
+        panels[2].plot(turns, [x["tokens"] for x in rows], marker=marker, label=label, **look)
+    for axes, title, unit in zip(
+        panels, ("time", "remembered", "tokens heard"), ("ms", "MB", "tokens"), strict=True
+    ):
+        axes.set(title=title, ylabel=unit, xscale="log", yscale="log", xlabel="earlier turns")
+        every = [x["turns"] for x in found["memory"] if x["turns"] in (0, 1, 10, 100, 1000)]
+        axes.set_xticks([max(n, 0.5) for n in every], [f"{n:,}" for n in every])
+        axes.minorticks_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False, title="dashed: by formula, not measured")  # fmt: skip
+
+
+def overhead(figure: Figure, found: Result) -> None:
+    """What the memory adds, as part of each host's call."""
+    figure.suptitle("What the memory adds to narrow hosts (112 audio tokens)")
+    left, right = figure.subplots(1, 2)
+    names = list(found)
+    tower = [found[n]["tower"]["median"] for n in names]
+    base = [found[n]["prefill"]["base"]["median"] for n in names]
+    added = [found[n]["prefill"]["added"]["median"] for n in names]
+    decoder = [b - t for b, t in zip(base, tower, strict=True)]
+    left.bar(names, tower, color="#d5dbdf", label="audio tower")
+    left.bar(names, decoder, bottom=tower, color=PLAIN, label="decoder, prefill")
+    bars = left.bar(names, added, bottom=base, color=MAL, label="memory: read and write")
+    shares = [found[n]["share_of_prefill"] for n in names]
+    left.bar_label(bars, [f"+{100 * s:.1f} % of prefill" for s in shares], padding=3)
+    left.set(title="first call of a turn", ylabel="ms", ylim=(0, 1.5 * max(base)))
+    left.legend(frameon=False, loc="upper right")
+    decode = [found[n]["decode"]["base"]["median"] for n in names]
+    bars = right.bar(names, decode, color=PLAIN)
+    shares = [found[n]["share_of_decode"] for n in names]
+    right.bar_label(bars, [f"{100 * s:+.1f} % with memory" for s in shares], padding=3)
+    right.set(title="each token after it", ylabel="ms", ylim=(0, 1.15 * max(decode)))
+
+
+def error(figure: Figure, found: Result) -> None:
+    """Relative RMS error along a stream."""
+    axes = figure.subplots()
+    looks: tuple[Result, ...] = (
+        {"color": MAL, "marker": "o", "linewidth": 2.4},
+        {"color": MAL, "marker": "o", "linestyle": DASHED},
+        {"color": PLAIN, "marker": "^"},
+        {"color": PEER, "marker": "s"},
+    )
+    for (name, errors), look in zip(found["relative_rms"].items(), looks, strict=True):
+        axes.plot(found["until"][: len(errors)], errors, label=name, **look)
+    _sizes(axes, found["until"], "position in the stream, tokens")
+    axes.set_title("Does it drift? Output against float64, token by token")
+    axes.set(ylabel="relative RMS error", yscale="log", ylim=(1e-8, 1e-1))
+    axes.legend(frameon=False, loc="center right")
+
+
+def state(figure: Figure, found: Result) -> None:
+    """Bytes per dialogue against hidden size."""
+    axes, rows = figure.subplots(), found["rows"]
+    hidden = [row["hidden"] for row in rows]
+    for turns, shade in ((1, 0.35), (10, 0.6), (66, 1.0)):
+        sizes = [turns * row["tokens"] * row["cache_bytes"] / 1e6 for row in rows]
+        label = f"key-value cache (bf16) after {turns} turn{'s' * (turns > 1)}"
+        axes.scatter(hidden, sizes, color=PEER, alpha=shade, marker="s", label=label)
+    flat = [row["memory_bytes"] / 1e6 for row in rows]
+    wide = [row["wide_memory_bytes"] / 1e6 for row in rows]
+    axes.plot(hidden, wide, color=MAL, linestyle=DASHED, marker="o", label="memory, Dm / 64 heads")
+    axes.plot(hidden, flat, color=MAL, marker="o", linewidth=2.4, label="memory, 4 heads (default)")
+    placed: dict[int, list[str]] = {}
+    for row in rows:
+        placed.setdefault(row["hidden"], []).append(row["name"])
+    for x, names in placed.items():
+        axes.annotate("\n".join(names), (x, 0.12), ha="center", fontsize=8, color=INK)
+    axes.set(yscale="log", ylabel="MB per dialogue", xlabel="hidden size of the host, Dm")
+    axes.set(ylim=(0.1, 1e4), xlim=(1700, 4500))
+    axes.set_title("What is stored per dialogue (turns of 4.5 s)")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+FIGURES: dict[str, Callable[[Figure, Result], None]] = {
+    f.__name__: f
+    for f in (peers, tokens, heads, sizes, memory, conversation, overhead, error, state)
+}
+
+
+def digest(found: Result) -> str:
+    """Of the numbers of a question; stands in its picture."""
+    text = json.dumps(found, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def draw(result: Result, folder: Path, suffix: str = "svg") -> list[Path]:
+    """Writes ``bench-QUESTION.svg`` for every answered question that has a picture."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "font.size": 9,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "axes.grid": True,
+        "grid.color": "#dfe4e8",
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "mal_kernels",  # the same numbers give the same file
+    }
+    written = []
+    for name, plot in FIGURES.items():
+        if name in result["questions"]:
+            found = result["questions"][name]
+            with rc_context(style):
+                figure = Figure(figsize=(11, 4.4), layout="constrained")
+                plot(figure, found)
+                if result["quick"]:
+                    figure.text(0.5, 0.5, "QUICK", fontsize=90, alpha=0.12, ha="center")
+                path = folder / f"bench-{name}.{suffix}"
+                metadata = {"Date": None, "Identifier": digest(found)} if suffix == "svg" else None
+                figure.savefig(path, dpi=110, metadata=metadata)
+            written.append(path)
+    return written

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Parity, times and profile of the Triton kernels on one NVIDIA GPU, in under 10 minutes:
+#   bench/gpu_session.sh              results in $OUT, or in bench/results
+#   bench/gpu_session.sh --dry-run    the same in miniature on a CPU, under two minutes
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
+exec "$python" -m bench.gpu "$@"

@@ -1,0 +1,301 @@
+"""Many dialogues, turn by turn, while everything that can fail does: ``python -m bench.soak``.
+
+Worker processes play the same dialogues from a folder of states. They are killed at random moments;
+inside them hosts raise, the store fails before or after it has done its work, and only a few
+dialogues fit into memory. In the end every state must equal that of a run in which nothing failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from bench.echo import Echo, echo_adapter, turn_tokens
+from mal_kernels import Dialogue, MALAdapter
+from mal_kernels.errors import StoreError
+from mal_kernels.store import DirectoryStore, KeyValueStore
+
+THREADS = 4  # of a worker
+EVENT_BYTES = 16  # of a line in the log, about
+FAULT_RATE = 0.1  # of the calls of the host, and of those of the store
+HOST_FAULTS = (RuntimeError, MemoryError, KeyboardInterrupt, torch.OutOfMemoryError)
+
+
+class Log:
+    """Lines in a file that several processes write, and that outlives them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def write(self, event: str, value: float = 0.0) -> None:
+        """One event."""
+        os.write(self.descriptor, f"{event} {value:.6f}\n".encode())
+
+    def read(self) -> list[tuple[str, float]]:
+        """All events so far."""
+        lines = (line.split() for line in self.path.read_text().splitlines())
+        return [(event, float(value)) for event, value in lines]
+
+
+class FailingStore:
+    """Another store, which fails now and then; half the time after it has done what was asked."""
+
+    def __init__(self, store: KeyValueStore, log: Log, seed: int) -> None:
+        self.store, self.log, self.random = store, log, random.Random(seed)
+
+    def get(self, key: str) -> bytes | None:
+        """See :class:`KeyValueStore`."""
+        return self._maybe("get", lambda: self.store.get(key))
+
+    def put(self, key: str, value: bytes) -> None:
+        """See :class:`KeyValueStore`."""
+        self._maybe("put", lambda: self.store.put(key, value))
+
+    def delete(self, key: str) -> None:
+        """See :class:`KeyValueStore`."""
+        self._maybe("delete", lambda: self.store.delete(key))
+
+    def _maybe(self, name: str, call: Callable[[], Any]) -> Any:
+        fails, first = self.random.random() < FAULT_RATE, self.random.random() < 0.5
+        if fails and first:
+            self.log.write(f"store.{name}.before")
+            raise StoreError("a planted failure, before")
+        result = call()
+        if fails:
+            self.log.write(f"store.{name}.after")
+            raise StoreError("a planted failure, after")
+        return result
+
+
+def play(host: Echo, mal: MALAdapter, dialogue: int, turn: int) -> Dialogue:
+    """One turn of one of two speakers."""
+    speaker = "AB"[(dialogue + turn) % 2]
+    with torch.no_grad(), mal.dialogue(f"call-{dialogue}", speaker) as opened:
+        host(inputs_embeds=turn_tokens(dialogue, turn))
+    return opened
+
+
+def in_memory(dialogues: int) -> int:
+    """How many of them a worker keeps; the others are evicted and come back again and again."""
+    return max(2, dialogues // 10)
+
+
+def work(folder: Path, dialogues: int, turns: int, log: Log, seed: int) -> None:
+    """Plays what is missing, in several threads, until all is there."""
+    backing = FailingStore(DirectoryStore(folder), log, seed)
+    host, mal = echo_adapter(backing, max_dialogues=in_memory(dialogues))
+    faults = random.Random(seed + 1)
+
+    def maybe_raise() -> None:
+        if faults.random() < FAULT_RATE:
+            kind = faults.choice(HOST_FAULTS)
+            log.write(f"host.{kind.__name__}")
+            raise kind("a planted failure")
+
+    host.between = maybe_raise
+    errors: list[BaseException] = []
+
+    def run(mine: Sequence[int], draw: random.Random) -> None:
+        try:
+            left = list(mine)
+            while left:
+                dialogue = draw.choice(left)
+                if not step(host, mal, dialogue, turns, log):
+                    left.remove(dialogue)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(
+            target=run, args=(range(i, dialogues, THREADS), random.Random(seed * THREADS + i))
+        )
+        for i in range(THREADS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def step(host: Echo, mal: MALAdapter, dialogue: int, turns: int, log: Log) -> bool:
+    """The next turn of a dialogue, again and again until it is there; false if there is none."""
+    while True:
+        with contextlib.suppress(StoreError):
+            done = Dialogue(mal.dialogues, f"call-{dialogue}").turns[0]
+            break
+    if done == turns:
+        return False
+    while True:
+        start = time.perf_counter()
+        try:
+            play(host, mal, dialogue, done)
+        except (*HOST_FAULTS, StoreError) as error:
+            if "planted" not in str(error):
+                raise
+        else:
+            log.write("turn", time.perf_counter() - start)
+            return True
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The id of a copy of this process that does ``work``; it exits with 1 if that raises."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def resident_mib(process: int | str = "self") -> float:
+    """Memory in use by a process."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def watch(child: int, log: Log, end: int, samples: list[float]) -> int | None:
+    """Waits for the end of a child, or of its time; its exit status, ``None`` if it was killed.
+
+    Args:
+        child: its process.
+        log: to which it writes.
+        end: length of the log, in bytes, at which the child is killed. What it is doing then is
+            a matter of chance, and how far it has come is not one of the speed of the machine.
+        samples: gets its memory in MiB, now and then.
+    """
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if log.path.stat().st_size >= end:
+            time.sleep(random.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None
+        with contextlib.suppress(OSError, IndexError):
+            samples.append(resident_mib(child))
+        time.sleep(0.01)
+
+
+def soak(
+    dialogues: int,
+    turns: int,
+    *,
+    lifetime: int = 800,
+    seed: int = 0,
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> dict[str, Any]:
+    """Plays ``turns`` of each of ``dialogues`` under faults, and compares with an undisturbed run.
+
+    Args:
+        dialogues: how many.
+        turns: of each.
+        lifetime: events (turns and faults) after which a worker is killed, at most.
+        seed: of the faults.
+        on_progress: called with the turns done so far.
+
+    Returns:
+        Counts of turns, faults and kills, latencies, memory, and how many states differ.
+    """
+    draw, kills, samples = random.Random(seed), 0, list[float]()
+    play(*echo_adapter(), 0, 0)  # what torch loads at the first call, workers then have
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name) / "calls", Log(Path(name) / "log")
+        while True:
+            child = forked(partial(work, folder, dialogues, turns, log, draw.randrange(2**31)))
+            end = log.path.stat().st_size + EVENT_BYTES * draw.randrange(1, lifetime)
+            status = watch(child, log, end, samples)
+            on_progress(sum(event == "turn" for event, _ in log.read()))
+            check_readable(folder, dialogues)
+            if status == 0:
+                break
+            if status is not None:
+                raise AssertionError(f"a worker ended with status {status}")
+            kills += 1
+        differing = compare(folder, dialogues, turns)
+        events = log.read()
+    faults = Counter(event for event, _ in events if event != "turn")
+    latencies = sorted(1000 * value for event, value in events if event == "turn")
+    return {
+        "dialogues": dialogues,
+        "dialogues_in_memory": in_memory(dialogues),
+        "turns": dialogues * turns,
+        "faults": {"kill -9": kills, **dict(sorted(faults.items()))},
+        "turn_ms": percentiles(latencies),
+        "worker_mib": [round(x, 1) for x in thin(samples, 50)],
+        "states_that_differ": differing,
+    }
+
+
+def check_readable(folder: Path, dialogues: int) -> None:
+    """Every dialogue in the folder loads; raises CheckpointError if one does not."""
+    _, mal = echo_adapter(DirectoryStore(folder))
+    for dialogue in range(dialogues):
+        mal.dialogues.latest(f"call-{dialogue}")
+
+
+def compare(folder: Path, dialogues: int, turns: int) -> int:
+    """Dialogues whose state or history in the folder is not that of an undisturbed run."""
+    _, found = echo_adapter(DirectoryStore(folder))
+    host, mal = echo_adapter()
+    differing = 0
+    for dialogue in range(dialogues):
+        for turn in range(turns):
+            play(host, mal, dialogue, turn)
+        name = f"call-{dialogue}"
+        here, there = mal.dialogues.latest(name), found.dialogues.latest(name)
+        equal = here.clips == there.clips and here.states.keys() == there.states.keys()
+        differing += not equal or not all(
+            torch.equal(a, b)
+            for who in here.states
+            for a, b in zip(here.states[who].tensors(), there.states[who].tensors(), strict=True)
+        )
+        mal.dialogues.forget([name])
+    return differing
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Of sorted values."""
+    marks = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    last = len(values) - 1
+    return {name: round(values[round(share * last)], 3) for name, share in marks.items()}
+
+
+def thin(values: Sequence[float], most: int) -> Iterator[float]:
+    """At most ``most`` of ``values``, evenly spaced."""
+    stride = max(1, len(values) // most)
+    return iter(values[::stride])
+
+
+def main(dialogues: int = 12, turns: int = 25, lifetime: int = 60, seed: int = 0) -> None:
+    """Prints the result as JSON; with the defaults, a short one."""
+    torch.set_num_threads(1)
+    print(json.dumps(soak(dialogues, turns, lifetime=lifetime, seed=seed)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

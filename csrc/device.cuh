@@ -1,0 +1,159 @@
+// All that a kernel may use: CUDA's own names (threadIdx, __syncthreads, __shfl_xor_sync, ...), and
+// wrappers around what is not C++: launches, dynamic shared memory, clusters, tensor cores,
+// asynchronous copies. With -DMAL_EMULATE the same names come from emu/emulation.h and run on the
+// host; each wrapper stands there a second time, as the PTX manual describes it.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "mal_kernels.h"
+
+#ifdef MAL_EMULATE
+#include "emu/emulation.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// a block of `threads`, with registers left for `blocks` of them on an SM
+#define MAL_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define MAL_DEVICE __device__ __forceinline__
+#define MAL_HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace mal {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+MAL_DEVICE float to_float(float x) { return x; }
+MAL_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+MAL_DEVICE float to_float(fp16 x) { return __half2float(x); }
+template <class T>
+MAL_DEVICE T from_float(float x);
+template <>
+MAL_DEVICE float from_float<float>(float x) { return x; }
+template <>
+MAL_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+MAL_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+
+// The block's dynamic shared memory.
+template <class T>
+MAL_DEVICE T* shared() {
+  extern __shared__ __align__(128) unsigned char mal_shared_memory[];
+  return reinterpret_cast<T*>(mal_shared_memory);
+}
+
+// Launches `grid` blocks, `cluster` of them in a cluster, with `bytes` of dynamic shared memory.
+template <class Arguments>
+int launch(void (*kernel)(Arguments), dim3 grid, dim3 block, size_t bytes, unsigned cluster,
+           void* stream, Arguments arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  if (bytes > 48 * 1024) {
+    auto largest = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    cudaError_t error = cudaFuncSetAttribute(kernel, largest, static_cast<int>(bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+// A cluster of one block needs no hardware for clusters; compiled for sm_80 there is no other.
+MAL_DEVICE unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().block_rank();
+#else
+  return 0;
+#endif
+}
+
+// Waits for all threads of the cluster; what they wrote to shared memory is then seen by all.
+MAL_DEVICE void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+
+// Where `p`, in this block's shared memory, stands in that of block `rank` of the cluster.
+template <class T>
+MAL_DEVICE T* map_shared(T* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+#else
+  return p;
+#endif
+}
+
+// c[16, 8] += a[16, 16] b[16, 8], in the fragments of PTX's mma.m16n8k16.
+MAL_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+MAL_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], fp16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8x8 matrices of 16-bit numbers; lane i gives the address of row i % 8 of matrix i / 8.
+MAL_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+MAL_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Starts copying 16 bytes from global to shared memory; zeros if not `exists` (`from` must still be
+// a valid address). Done after copy_wait<n>() with at most n groups of copies started later.
+MAL_DEVICE void copy_async(void* to, const void* from, bool exists) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+MAL_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+MAL_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+}  // namespace mal
+#endif
+
+namespace mal {
+
+constexpr int kInvalidArgument = 1;  // cudaErrorInvalidValue
+
+// kCount numbers that are loaded and stored at once.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T at[kCount];
+};
+
+}  // namespace mal

@@ -1,0 +1,159 @@
+// CUDA on the host, for the sources of this folder's parent: g++ -std=c++20 -DMAL_EMULATE -x c++.
+//
+// Every CUDA thread is a fiber; a barrier, a shuffle or a tensor-core instruction hands over to the
+// next. Shared memory starts as NaN. ThreadSanitizer is told of the fibers and of every barrier, so
+// it reports two threads that touch the same memory without one between them, whichever ran first;
+// AddressSanitizer sees every access out of bounds. A barrier that some thread never reaches ends
+// the program with its name.
+//
+// What this cannot show: whether the hardware's instructions are called rightly (each wrapper of
+// ../device.cuh is written here anew), bank conflicts, weak memory order, speed.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define MAL_KERNEL(threads, blocks) static void
+#define MAL_DEVICE inline
+#define MAL_HOST_DEVICE inline
+#define __device__
+#define __host__
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace emu {
+
+// --- implemented in emulation.cpp, which is compiled without sanitizers -------------------------
+
+struct Position {
+  dim3 thread, block, block_dim, grid_dim;
+};
+const Position& here();
+char* shared_memory(unsigned rank);  // of block `rank` of the cluster
+unsigned rank();
+void block_barrier();
+void warp_barrier();
+void cluster_barrier();
+// Hands `bytes` (at most 64) of every thread of the warp to all of them: 32 slots of 64 bytes,
+// valid until the warp's next exchange.
+const char* exchange(const void* mine, size_t bytes);
+void multiply(float* c, const char* fragments, bool is_bf16);  // fragments: of exchange, a then b
+void copy_later(void* to, const void* from, size_t bytes, bool exists);
+void commit_copies();
+void wait_for_copies(size_t groups);
+void run(dim3 grid, dim3 block, size_t bytes, unsigned cluster, const std::function<void()>& body);
+
+}  // namespace emu
+
+#define threadIdx (emu::here().thread)
+#define blockIdx (emu::here().block)
+#define blockDim (emu::here().block_dim)
+#define gridDim (emu::here().grid_dim)
+
+inline void __syncthreads() { emu::block_barrier(); }
+inline void __syncwarp() { emu::warp_barrier(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const char* all = emu::exchange(&value, sizeof value);
+  std::memcpy(&value, all + 64 * ((threadIdx.x % 32) ^ mask), sizeof value);
+  return value;
+}
+
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+using std::max;
+using std::min;
+
+namespace mal {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  _Float16 value;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+inline float to_float(fp16 x) { return x.value; }
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) { return x; }
+template <>
+inline bf16 from_float<bf16>(float x) {
+  uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (x != x) return {0x7FFF};
+  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};  // to nearest even
+}
+template <>
+inline fp16 from_float<fp16>(float x) { return {static_cast<_Float16>(x)}; }
+
+template <class T>
+T* shared() { return reinterpret_cast<T*>(emu::shared_memory(emu::rank())); }
+
+template <class Arguments>
+int launch(void (*kernel)(Arguments), dim3 grid, dim3 block, size_t bytes, unsigned cluster, void*,
+           Arguments arguments) {
+  emu::run(grid, block, bytes, cluster, [&] { kernel(arguments); });
+  return 0;
+}
+
+inline unsigned cluster_rank() { return emu::rank(); }
+inline void cluster_sync() { emu::cluster_barrier(); }
+template <class T>
+T* map_shared(T* p, unsigned rank) {
+  auto offset = reinterpret_cast<char*>(p) - emu::shared_memory(emu::rank());
+  return reinterpret_cast<T*>(emu::shared_memory(rank) + offset);
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16": lane l holds rows l / 4 and l / 4 + 8.
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
+  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  emu::multiply(c, emu::exchange(mine, sizeof mine), true);
+}
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], fp16) {
+  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  emu::multiply(c, emu::exchange(mine, sizeof mine), false);
+}
+
+// Lane l receives elements 2 (l % 4) and the next of row l / 4 of each matrix; transposed, of
+// column l / 4.
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  const char* all = emu::exchange(&row, sizeof row);
+  unsigned lane = threadIdx.x % 32;
+  for (unsigned matrix = 0; matrix < 4; matrix++) {
+    const uint16_t* from;
+    std::memcpy(&from, all + 64 * (8 * matrix + lane / 4), sizeof from);
+    r[matrix] = from[2 * (lane % 4)] | uint32_t{from[2 * (lane % 4) + 1]} << 16;
+  }
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  const char* all = emu::exchange(&row, sizeof row);
+  unsigned lane = threadIdx.x % 32;
+  for (unsigned matrix = 0; matrix < 4; matrix++) {
+    r[matrix] = 0;
+    for (unsigned i = 0; i < 2; i++) {
+      const uint16_t* from;
+      std::memcpy(&from, all + 64 * (8 * matrix + 2 * (lane % 4) + i), sizeof from);
+      r[matrix] |= uint32_t{from[lane / 4]} << 16 * i;
+    }
+  }
+}
+
+// The destination is NaN until the copy is waited for.
+inline void copy_async(void* to, const void* from, bool exists) {
+  std::memset(to, 0xFF, 16);
+  emu::copy_later(to, from, 16, exists);
+}
+inline void copy_commit() { emu::commit_copies(); }
+template <int kGroups>
+void copy_wait() { emu::wait_for_copies(kGroups); }
+
+}  // namespace mal

@@ -1,0 +1,94 @@
+// The C interface of libmal_kernels.so. Neither torch nor Python is seen here: pointers to device
+// memory, sizes and a CUDA stream.
+//
+// A function takes one struct whose fields are all 8 bytes wide, in the order written here (which
+// mal_kernels/_cuda packs by name). It launches, never waits, allocates nothing and keeps nothing.
+// It returns 0, or an error that mal_error() names; shapes have been checked by the caller.
+#pragma once
+#include <stdint.h>
+
+#define MAL_API extern "C" __attribute__((visibility("default")))
+
+// element type of tokens; gates, states and accumulators are float32
+enum mal_dtype { MAL_FLOAT32 = 0, MAL_FLOAT16 = 1, MAL_BFLOAT16 = 2 };
+
+MAL_API const char* mal_error(int error);
+MAL_API const char* mal_targets(void);  // "80 90a 100": what the library was compiled for
+// the CUDA version (1000 * major + 10 * minor) that the driver supports, 0 without a driver, and
+// that the library needs
+MAL_API int mal_driver_version(void);
+MAL_API int mal_runtime_version(void);
+
+// S_t = momentum_t S_{t-1} + update_t,  W_t = (1 - decay_t) W_{t-1} + S_t, for `rows` sequences.
+struct mal_momentum_scan_fwd_args {
+  int64_t dtype;              // of update
+  int64_t rows, T, H, F;      // F numbers a head; T tokens a row where cu_seqlens is null
+  const void* update;         // [B, T, H, F]
+  const float* momentum;      // [B, T, H] or null: none
+  const float* decay;         // as momentum
+  const float* weights0;      // [rows, H, F], or null: zero
+  const float* trace0;
+  const int64_t* cu_seqlens;  // [rows + 1], or null
+  float* weights;             // [B, T, H, F]
+  float* trace;
+  void* stream;
+};
+MAL_API int mal_momentum_scan_fwd(const mal_momentum_scan_fwd_args*);
+
+// Its gradients. Those of the gates are partial sums, one for each block of 512 features, or null
+// where not wanted.
+struct mal_momentum_scan_bwd_args {
+  int64_t dtype;
+  int64_t rows, T, H, F, tokens;  // tokens: B * T
+  const float* d_weights;         // [B, T, H, F]
+  const float* d_trace;
+  const float* weights;  // what the forward returned
+  const float* trace;
+  const float* momentum;
+  const float* decay;
+  const float* weights0;
+  const float* trace0;
+  const int64_t* cu_seqlens;
+  void* d_update;     // [B, T, H, F] of dtype
+  float* d_momentum;  // [ceil(F / 512), B, T, H]
+  float* d_decay;
+  float* d_weights0;  // [rows, H, F], or null
+  float* d_trace0;
+  void* stream;
+};
+MAL_API int mal_momentum_scan_bwd(const mal_momentum_scan_bwd_args*);
+
+// The write of the memory: see ops/memory_update.py, whose arguments these are. Layers of a state,
+// float32: first [rows, H, D, E] (null at depth 1), last [rows, H, E, D] (at depth 1 E = D), gain
+// [rows, H, D] (null without residual_norm).
+struct mal_state {
+  float* first;
+  float* last;
+  float* gain;
+};
+
+struct mal_memory_update_args {
+  int64_t dtype;  // of k and v: MAL_FLOAT16 or MAL_BFLOAT16
+  int64_t rows, T, H, D, E;
+  int64_t chunk_size;   // T and it below 2^30
+  int64_t chunk_gates;  // of a row, where cu_seqlens is null
+  int64_t token_steps;  // else chunk steps
+  int64_t activation;   // 0 gelu, 1 gelu_tanh, 2 silu, 3 relu
+  double max_grad_norm;       // 0: no bound
+  const void* k;              // [B, T, H, D]
+  const void* v;              // [B, T, H, D]
+  const float* lr;            // [B, T, H]
+  const float* momentum;      // [B, T, H], with chunk steps [B, chunk gates, H], or null
+  const float* decay;         // as momentum
+  const int64_t* cu_seqlens;  // [rows + 1], or null
+  const int64_t* first_gate;  // [rows], with cu_seqlens and chunk steps: a row's first chunk gate
+  const int64_t* position;    // [rows], of a row inside its first chunk, or null
+  mal_state weights, trace;
+  mal_state anchor;  // given with position
+  mal_state init;    // or nulls
+  mal_state new_weights, new_trace;
+  mal_state new_anchor;  // or nulls; left as it is where no row opens its last chunk
+  float* surprise;       // [B, T, H]
+  void* stream;
+};
+MAL_API int mal_memory_update(const mal_memory_update_args*);

@@ -1,0 +1,200 @@
+"""Compiles ``csrc/`` into ``libmal_kernels.so``: nvcc, several files at a time through ninja.
+
+Standard library only and no relative import: ``setup.py`` uses this file where torch is absent.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+TARGETS = ("80", "90a", "100")  # compute capabilities; each also serves later minor ones
+LIBRARY = "libmal_kernels.so"
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
+# nothing may spill or use local memory; for developers, another nvcc may spill a little
+GATE = ("-Xptxas=-warn-spills,-warn-lmem-usage,-Werror",)
+
+
+class BuildError(Exception):
+    """The library cannot be built; the message says why and what to do."""
+
+
+def target_of(capability: tuple[int, int]) -> str:
+    """What serves a GPU of this compute capability, one of :data:`TARGETS`.
+
+    Example:
+        >>> from mal_kernels._cuda.build import target_of
+        >>> target_of((9, 0)), target_of((8, 6))
+        ('90a', '80')
+    """
+    major, minor = capability
+    for target in TARGETS:
+        if target.rstrip("a") == f"{major}0" and (minor == 0 or not target.endswith("a")):
+            return target
+    raise BuildError(
+        f"the GPU has compute capability {major}.{minor}; "
+        f"the CUDA kernels are written for {', '.join(TARGETS)}"
+    )
+
+
+def source_folder() -> Path:
+    """``csrc/``, in an installed package or in a clone."""
+    here = Path(__file__).resolve()
+    for folder in (here.parent / "csrc", here.parents[2] / "csrc"):
+        if folder.is_dir():
+            return folder
+    raise BuildError(f"the CUDA sources are missing: no csrc in {here.parent} or {here.parents[2]}")
+
+
+def sources() -> list[Path]:
+    """The files that are compiled."""
+    return sorted(source_folder().glob("*.cu"))
+
+
+def find_nvcc() -> str:
+    """nvcc of ``CUDA_HOME``, else on ``PATH``, else in ``/usr/local/cuda``."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [Path(home) / "bin" for home in homes if home]
+    for path in (*map(str, places), None, "/usr/local/cuda/bin"):
+        found = shutil.which("nvcc", path=path)
+        if found:
+            return found
+    raise BuildError(
+        "nvcc is not in CUDA_HOME, on PATH or in /usr/local/cuda; install the CUDA toolkit "
+        "(12.8 or newer) or set CUDA_HOME"
+    )
+
+
+def find_ninja() -> str:
+    """ninja on ``PATH`` or of the Python package."""
+    beside_python = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    found = shutil.which("ninja", path=beside_python)
+    if found:
+        return found
+    raise BuildError("ninja is not installed: pip install 'mal-kernels[cuda]'")
+
+
+def cached(targets: Sequence[str]) -> Path:
+    """The library for ``targets`` in the user's cache, built first if it is not there.
+
+    It is kept by the content of the sources, the flags and the version of nvcc. Of several
+    processes that want it at once, one builds and the others wait.
+    """
+    found = find_cached(targets)
+    if found:
+        return found
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f"{source_hash()}.lock"):
+        return find_cached(targets) or build(targets, _place(targets))
+
+
+def find_cached(targets: Sequence[str]) -> Path | None:
+    """A library in the user's cache that serves all of ``targets``."""
+    for library in cache_folder().glob(f"{source_hash()}-*/{LIBRARY}"):
+        if set(targets) <= set(library.parent.name.split("-")[1:]):
+            return library
+    return None
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/mal_kernels``, by default below ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mal_kernels"
+
+
+def _place(targets: Sequence[str]) -> Path:
+    return cache_folder() / "-".join([source_hash(), *targets]) / LIBRARY
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of everything that decides what the library does."""
+    folder = source_folder()
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock file; the system lets go of it when a process dies."""
+    import fcntl  # not on Windows, where the library is refused before
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(targets: Sequence[str], library: Path, flags: Sequence[str] = ()) -> Path:
+    """Compiles and links ``library``; progress goes to standard error.
+
+    Args:
+        targets: of :data:`TARGETS`.
+        library: where it shall be; it appears there only when it is complete.
+        flags: more of them for nvcc, such as :data:`GATE`.
+
+    Raises:
+        BuildError: nvcc or ninja is missing, or a file does not compile; with the end of the log.
+    """
+    nvcc, ninja = find_nvcc(), find_ninja()
+    library = library.resolve()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    names = ", ".join(f"sm_{t}" for t in targets)
+    print(f"mal_kernels: compiling the CUDA kernels for {names} with {nvcc}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        Path(scratch, "build.ninja").write_text(_plan(nvcc, targets, flags))
+        log = _run([ninja, "-C", scratch])
+        if log is not None:
+            kept = library.parent / "build.log"
+            kept.write_text(log)
+            end = "\n".join(log.splitlines()[-20:])
+            raise BuildError(f"the CUDA kernels do not compile ({kept}):\n{end}")
+        Path(scratch, LIBRARY).replace(library)
+    return library
+
+
+def _plan(nvcc: str, targets: Sequence[str], flags: Sequence[str]) -> str:
+    """A ninja file: an object of every source, and the library of all."""
+    architectures = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    define = r"-DMAL_TARGETS=\"" + " ".join(targets) + r"\""
+    options = " ".join([*FLAGS, *architectures, f"'{define}'", *flags])
+    lines = [
+        "rule compile",
+        f"  command = {nvcc} {options} -c $in -o $out",
+        "  description = $name",
+        "rule link",
+        f"  command = {nvcc} -shared -cudart=static $in -o $out",
+        f"  description = {LIBRARY}",
+    ]
+    for source in sources():
+        lines += [f"build {source.stem}.o: compile {_escaped(source)}", f"  name = {source.name}"]
+    objects = " ".join(f"{source.stem}.o" for source in sources())
+    lines += [f"build {LIBRARY}: link {objects}", ""]
+    return "\n".join(lines)
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _run(command: list[str]) -> str | None:
+    """Shows the output line by line; returns it if the command fails."""
+    environment = os.environ | {"NINJA_STATUS": "  [%f/%t] "}
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            if line.startswith("  ["):
+                print(line, end="", file=sys.stderr, flush=True)
+    return "".join(lines) if process.returncode else None

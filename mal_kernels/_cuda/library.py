@@ -1,0 +1,102 @@
+"""Finds or builds ``libmal_kernels.so``, and calls it.
+
+The library is bound by ctypes and knows neither torch nor Python, so one file serves all of their
+versions; a call costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable
+from .build import LIBRARY, BuildError, cached, target_of
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # mal_dtype of mal_kernels.h
+
+
+def launch(function: str, device: torch.device, **fields: Tensor | int | float | None) -> None:
+    """Calls ``function`` of the library on the current stream of ``device``, without waiting.
+
+    Args:
+        function: its name in ``csrc/mal_kernels.h``.
+        device: of all tensors.
+        fields: those of the function's struct, in order, but for the stream.
+
+    Raises:
+        BackendUnavailable: there is no library for the device, or it refuses the launch.
+    """
+    library = load(torch.cuda.get_device_capability(device))
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        error = call(library, function, **fields, stream=stream)
+    if error:
+        reason = ctypes.string_at(library.mal_error(error)).decode()
+        raise BackendUnavailable(f"{function} on {device}: {reason} ({_shapes(fields)})")
+
+
+def call(library: ctypes.CDLL, function: str, **fields: Tensor | int | float | None) -> int:
+    """The function's error, 0 if there is none."""
+    words = [_word(x) for x in fields.values()]
+    return getattr(library, function)(b"".join(words))
+
+
+def _word(x: Tensor | int | float | None) -> bytes:
+    """A field of a struct: 8 bytes."""
+    if isinstance(x, Tensor):
+        return struct.pack("=Q", x.data_ptr())
+    return struct.pack("=d", x) if isinstance(x, float) else struct.pack("=q", x or 0)
+
+
+def _shapes(fields: dict[str, Tensor | int | float | None]) -> str:
+    return ", ".join(
+        f"{name} {list(x.shape)}" if isinstance(x, Tensor) else f"{name} {x}"
+        for name, x in fields.items()
+    )
+
+
+@functools.cache
+def load(capability: tuple[int, int]) -> ctypes.CDLL:
+    """The library for a GPU: the one of this installation, else of the user's cache, else built.
+
+    Raises:
+        BackendUnavailable: there is none and it cannot be built, or it does not run here.
+    """
+    if sys.platform != "linux":
+        raise BackendUnavailable(f"the CUDA kernels run on Linux, not on {sys.platform}")
+    try:
+        target = target_of(capability)
+        installed = Path(__file__).parent / LIBRARY
+        if installed.exists():
+            library = opened(installed)
+            if target in ctypes.string_at(library.mal_targets()).decode().split():
+                return check_driver(library)
+        return check_driver(opened(cached([target])))
+    except BuildError as error:
+        raise BackendUnavailable(f"the CUDA kernels are not available: {error}") from error
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """The library at ``path``."""
+    library = ctypes.CDLL(str(path))
+    for name in ("mal_error", "mal_targets"):
+        getattr(library, name).restype = ctypes.c_void_p
+    return library
+
+
+def check_driver(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Refuses a driver of an older major version of CUDA than the library was compiled with."""
+    driver, needed = library.mal_driver_version(), library.mal_runtime_version()
+    if driver // 1000 < needed // 1000:
+        raise BackendUnavailable(
+            f"the CUDA kernels were compiled with CUDA {needed // 1000} and the driver supports "
+            f"{f'CUDA {driver // 1000}' if driver else 'none: no NVIDIA driver is loaded'}; update "
+            "the driver, or build with an older toolkit (CUDA_HOME, python -m mal_kernels._cuda)"
+        )
+    return library

@@ -1,0 +1,96 @@
+"""Launchers of ``csrc/momentum_scan.cu``. Computes :func:`mal_kernels.reference.momentum_scan`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import library
+
+FEATURES = 512  # of a block at most: as in csrc/momentum_scan.h
+
+
+def scan_fwd(
+    update: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: list[Tensor],
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``weights`` and ``momentum`` after every token, float32 in the shape of ``update``."""
+    update = update.contiguous()
+    weights, trace = (update.new_empty(update.shape, dtype=torch.float32) for _ in range(2))
+    library.launch(
+        "mal_momentum_scan_fwd",
+        update.device,
+        **_sizes(update, cu_seqlens),
+        update=update,
+        **_gates(momentum, decay, state, cu_seqlens),
+        weights=weights,
+        trace=trace,
+    )
+    return weights, trace
+
+
+def scan_bwd(
+    d_weights: Tensor,
+    d_trace: Tensor,
+    weights: Tensor,
+    trace: Tensor,
+    update: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: list[Tensor],
+    cu_seqlens: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of update, momentum, decay and state, absent ones left out."""
+    blocks = -(-update.shape[3:].numel() // FEATURES)
+    d_update = update.new_empty(update.shape)
+    d_momentum, d_decay = (
+        None if g is None else g.new_empty(blocks, *g.shape, dtype=torch.float32)
+        for g in (momentum, decay)
+    )
+    d_state = [x.new_empty(x.shape) for x in state]
+    d_weights0, d_trace0 = d_state or (None, None)
+    library.launch(
+        "mal_momentum_scan_bwd",
+        update.device,
+        **_sizes(update, cu_seqlens),
+        tokens=update.shape[:2].numel(),
+        d_weights=d_weights.contiguous(),
+        d_trace=d_trace.contiguous(),
+        weights=weights,
+        trace=trace,
+        **_gates(momentum, decay, state, cu_seqlens),
+        d_update=d_update,
+        d_momentum=d_momentum,
+        d_decay=d_decay,
+        d_weights0=d_weights0,
+        d_trace0=d_trace0,
+    )
+    d_gates = [
+        partial.sum(0).to(gate.dtype)
+        for partial, gate in ((d_momentum, momentum), (d_decay, decay))
+        if partial is not None and gate is not None
+    ]
+    return [d_update, *d_gates, *d_state]
+
+
+def _sizes(update: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
+    batch, tokens, heads, *features = update.shape
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    size = torch.Size(features).numel()
+    return dict(dtype=library.DTYPES[update.dtype], rows=rows, T=tokens, H=heads, F=size)
+
+
+def _gates(
+    momentum: Tensor | None, decay: Tensor | None, state: list[Tensor], cu_seqlens: Tensor | None
+) -> dict[str, Tensor | None]:
+    weights0, trace0 = (x.contiguous() for x in state) if state else (None, None)
+    return dict(
+        momentum=None if momentum is None else momentum.float().contiguous(),
+        decay=None if decay is None else decay.float().contiguous(),
+        weights0=weights0,
+        trace0=trace0,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+    )

@@ -1,0 +1,141 @@
+"""What is remembered of one dialogue at one time, and how it stands in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .checkpoint import pack, read_tensors
+from .config import MALConfig
+from .errors import CheckpointError
+from .state import MemoryState
+
+KIND = "dialogues"
+
+
+class Snapshot(NamedTuple):
+    """One dialogue after a turn; a value, never changed.
+
+    ``states`` has one row per speaker, and ``None`` for the memory that all of them share.
+    ``clips`` are the fingerprints of the clips written so far, ``None`` where one is unknown.
+    ``revision`` is the checksum of its copy in the backing store, ``None`` while there is none.
+    """
+
+    states: Mapping[str | None, MemoryState]
+    clips: tuple[int | None, ...]
+    revision: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its states."""
+        return sum(state.nbytes for state in self.states.values())
+
+    def resent(self, clips: Sequence[int | None]) -> int:
+        """How many of the first ``clips`` repeat the end of what was written, and in that order."""
+        for n in range(min(len(clips), len(self.clips)), 0, -1):
+            if None not in clips[:n] and tuple(clips[:n]) == self.clips[-n:]:
+                return n
+        return 0
+
+    def detach(self) -> Snapshot:
+        """The same values cut from the autograd graph."""
+        return self._replace(states={who: s.detach() for who, s in self.states.items()})
+
+
+EMPTY = Snapshot({}, ())
+
+
+def pack_dialogues(config: MALConfig, snapshots: Mapping[str, Snapshot]) -> bytes:
+    """``snapshots``, by id of the dialogue, as the bytes of a safetensors file."""
+    rows = [s.detach().to("cpu") for x in snapshots.values() for s in x.states.values()]
+    entries = [
+        {"id": name, "speakers": list(x.states), "clips": x.clips} for name, x in snapshots.items()
+    ]
+    header = {"config": config.state_signature(), "dialogues": entries}
+    return pack(KIND, _named(MemoryState.cat(rows)) if rows else {}, header)
+
+
+def unpack_dialogues(
+    source: str | Path | bytes, config: MALConfig, like: MemoryState, name: str
+) -> dict[str, Snapshot]:
+    """The inverse of :func:`pack_dialogues`.
+
+    Args:
+        source: a path, or the bytes.
+        config: of the adapter that asks.
+        like: a state of one row, of that adapter.
+        name: of the source, for errors.
+
+    Raises:
+        CheckpointError: the source is corrupt, foreign, or of another configuration.
+    """
+
+    def expected(header: dict[str, Any]) -> dict[str, torch.Tensor]:
+        _check_config(name, header.get("config"), config.state_signature())
+        rows = sum(len(entry["speakers"]) for entry in _entries(name, header.get("dialogues")))
+        return _named(like.map(lambda t: t[0].expand(rows, *t.shape[1:]))) if rows else {}
+
+    tensors, header = read_tensors(source, KIND, expected, name)
+    rows = _rows(tensors, len(like.weights))
+    return {
+        entry["id"]: Snapshot({who: next(rows) for who in entry["speakers"]}, tuple(entry["clips"]))
+        for entry in header["dialogues"]
+    }
+
+
+def _rows(tensors: Mapping[str, torch.Tensor], layers: int) -> Iterator[MemoryState]:
+    """Row by row, copies that do not keep the whole file in memory."""
+    for row in range(len(tensors["weights.0"]) if tensors else 0):
+        weights, momentum = (
+            tuple(tensors[f"{field}.{i}"][row : row + 1].clone() for i in range(layers))
+            for field in ("weights", "momentum")
+        )
+        yield MemoryState(weights, momentum)
+
+
+def _check_config(name: str, saved: object, mine: dict[str, Any]) -> None:
+    theirs = saved if isinstance(saved, dict) else {}
+    differs = [
+        f"{field} is {theirs.get(field)!r} there and {mine.get(field)!r} here"
+        for field in sorted(mine.keys() | theirs.keys())
+        if theirs.get(field) != mine.get(field)
+    ]
+    if differs:
+        raise CheckpointError(
+            f"{name} holds states of another adapter: {'; '.join(differs[:9])}. Load it with the "
+            "adapter that wrote it, after attach()."
+        )
+
+
+def _named(state: MemoryState) -> dict[str, torch.Tensor]:
+    names = [f"{field}.{i}" for field in ("weights", "momentum") for i in range(len(state.weights))]
+    return dict(zip(names, (*state.weights, *state.momentum), strict=True))
+
+
+def _entries(name: str, entries: Any) -> list[dict[str, Any]]:
+    """Checks the list of dialogues in the header of a file."""
+
+    def is_entry(entry: Any) -> bool:
+        return (
+            isinstance(entry, dict)
+            and isinstance(entry.get("id"), str)
+            and isinstance(entry.get("speakers"), list)
+            and all(who is None or isinstance(who, str) for who in entry["speakers"])
+            and len(set(entry["speakers"])) == len(entry["speakers"])
+            and isinstance(entry.get("clips"), list)
+            and all(clip is None or type(clip) is int for clip in entry["clips"])
+        )
+
+    if (
+        not isinstance(entries, list)
+        or not all(map(is_entry, entries))
+        or len({entry["id"] for entry in entries}) < len(entries)
+    ):
+        raise CheckpointError(
+            f"the list of dialogues in {name} is not one that mal_kernels writes; it is damaged. "
+            "Save it again."
+        )
+    return entries

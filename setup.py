@@ -1,0 +1,65 @@
+"""Carries ``csrc/`` into the package and, with ``MAL_BUILD_CUDA=1``, compiles it.
+
+A plain install compiles nothing and gives a wheel for any platform.
+"""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+BUILDS = os.environ.get("MAL_BUILD_CUDA") == "1"
+ROOT = Path(__file__).parent
+
+
+class BuildPackage(build_py):
+    """Also copies the CUDA sources, and builds them if asked to."""
+
+    def run(self) -> None:
+        """As setuptools asks for."""
+        super().run()
+        if self.editable_mode:
+            return  # a clone has csrc/ beside the package
+        package = Path(self.build_lib, "mal_kernels/_cuda")
+        shutil.copytree(
+            ROOT / "csrc",
+            package / "csrc",
+            ignore=shutil.ignore_patterns("emu"),  # for tests
+            dirs_exist_ok=True,
+        )
+        if BUILDS:
+            build = cuda_build()
+            build.build(build.TARGETS, package / build.LIBRARY)
+
+
+class Wheel(bdist_wheel):
+    """With the library in it, a wheel is for this platform, but for any Python."""
+
+    def finalize_options(self) -> None:
+        """As setuptools asks for."""
+        super().finalize_options()
+        self.root_is_pure = not BUILDS
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform."""
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if BUILDS else (python, abi, platform)
+
+
+def cuda_build():  # noqa: ANN201  (a module)
+    """``mal_kernels._cuda.build`` without importing the package, which needs torch."""
+    path = ROOT / "mal_kernels/_cuda/build.py"
+    spec = importlib.util.spec_from_file_location("mal_kernels_cuda_build", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setup(
+    cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel},
+    setup_requires=["ninja"] if BUILDS else [],
+)

@@ -1,0 +1,142 @@
+// Every number of every tile has one thread that holds it, and one that loads it. Prints what fails.
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "memory_update.h"
+#include "momentum_scan.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what, int64_t detail) {
+  if (ok) return;
+  std::printf("%s: %ld\n", what, static_cast<long>(detail));
+  failures++;
+}
+
+using Owners = std::map<std::pair<int, int>, int>;
+
+void expect_once(const Owners& owners, int rows, int columns, const char* what) {
+  bool once = owners.size() == static_cast<size_t>(rows) * columns;
+  for (const auto& [at, count] : owners)
+    once &= count == 1 && at.first >= 0 && at.first < rows && at.second >= 0 && at.second < columns;
+  expect(once, what, columns);
+}
+
+// The product of `rows` by `columns` that all warps of a block share.
+void check_product(int rows, int columns) {
+  using namespace mal::memory;
+  int groups = rows / 16, width = columns * groups / kWarps;
+  Owners owners;
+  for (int warp = 0; warp < kWarps; warp++)
+    for (int lane = 0; lane < 32; lane++)
+      for (int n = 0; n < width / 8; n++)
+        for (int i = 0; i < 4; i++) {
+          Place part = part_of(warp, groups, width), p = accumulator_of(lane, i);
+          owners[{part.row + p.row, part.column + 8 * n + p.column}]++;
+        }
+  expect_once(owners, rows, columns, "a product is not shared out");
+}
+
+void check_memory() {
+  using namespace mal::memory;
+  for (int features : {64, 128}) {
+    int units = units_for(features);
+    check_product(kTokens, features);
+    check_product(kTokens, units);
+    check_product(features, units);
+    check_product(units, features);
+    Owners copies, shares;
+    for (int thread = 0; thread < kThreads; thread++) {
+      for (int i = 0; i < kTokens * features / 8 / kThreads; i++)
+        for (int j = 0; j < 8; j++) {
+          Place p = copy_of(thread, i, features);
+          copies[{p.row, p.column + j}]++;
+        }
+      for (int i = 0; i < features / kSharing; i++) {
+        Place p = share_of(thread, i);
+        shares[{p.row, p.column}]++;
+        expect(p.row == thread / kSharing, "a thread takes two tokens", thread);
+        expect(i % 4 == p.column % 4, "four numbers are not next to each other", i);
+      }
+    }
+    expect_once(copies, kTokens, features, "a tile is not copied");
+    expect_once(shares, kTokens, features, "a tile of float32 is not shared out");
+    // eight rows that ldmatrix reads at once lie in different banks of 4 bytes
+    for (int width : {features, units}) {
+      std::set<int> banks;
+      for (int row = 0; row < 8; row++)
+        for (int word = 0; word < 4; word++) banks.insert((row * (width + kPad) / 2 + word) % 32);
+      expect(banks.size() == 32, "ldmatrix meets a bank twice", width);
+    }
+  }
+  for (bool straight : {false, true}) {
+    Owners rows;
+    for (int lane = 0; lane < 32; lane++) {
+      Place p = matrix_row_of(lane, straight);
+      for (int j = 0; j < 8; j++) rows[{p.row, p.column + j}]++;
+    }
+    expect_once(rows, 16, 16, "a fragment is not loaded");
+  }
+  expect(blocks_for(1, 64) == 1 && blocks_for(65, 64) == 2 && blocks_for(512, 64) == 8, "blocks", 0);
+  expect(blocks_for(513, 64) == 0, "more blocks than a cluster has", 513);
+}
+
+// Tiles of a row, one after the other, are its tokens, and none spans two chunks.
+void check_tiles(int length, int start, int chunk) {
+  int token = 0, place = start;
+  while (token < length) {
+    int count = mal::memory::tile_length(token, place, chunk, length);
+    bool ok = count > 0 && count <= mal::memory::kTokens && place + count <= chunk;
+    expect(ok && token + count <= length, "a tile", token);
+    if (!ok) return;
+    token += count, place = (place + count) % chunk;
+  }
+}
+
+void check_scan(int64_t features, int64_t tokens, int each) {
+  using namespace mal::scan;
+  Shape shape = shape_of(features);
+  expect(shape.lanes * shape.steps == kThreads, "threads", features);
+  expect(shape.blocks == (features + 511) / 512, "blocks of 512 features", features);
+  std::vector<int> of_feature(features), of_token(tokens);
+  for (int64_t block = 0; block < shape.blocks; block++)
+    for (int lane = 0; lane < shape.lanes; lane++)
+      for (int j = 0; j < kFeatures; j++) {
+        int64_t feature = (block * shape.lanes + lane) * kFeatures + j;
+        if (feature < features) of_feature[feature]++;
+      }
+  for (int64_t tile = 0; tile < tokens; tile += each * shape.steps)
+    for (int step = 0; step < shape.steps; step++)
+      for (int i = 0; i < each; i++) {
+        int64_t token = token_of(tile, step, i, each);
+        if (token < tokens) of_token[token]++;
+      }
+  for (int count : of_feature) expect(count == 1, "a feature", features);
+  for (int count : of_token) expect(count == 1, "a token", tokens);
+  std::set<std::vector<int64_t>> places;
+  for (int64_t index = 0; index < shape.blocks * 6; index++) {
+    Place p = place_of(index, shape.blocks, 3);
+    expect(p.row < 2 && p.head < 3 && p.block < shape.blocks, "a place", index);
+    places.insert({p.row, p.head, p.block});
+  }
+  expect(places.size() == static_cast<size_t>(shape.blocks * 6), "places", features);
+}
+
+}  // namespace
+
+int main() {
+  check_memory();
+  for (int length : {1, 63, 64, 65, 200})
+    for (int chunk : {1, 16, 64, 100, 1000})
+      for (int start : {0, 1, chunk - 1}) check_tiles(length, start % chunk, chunk);
+  for (int64_t features : {1, 7, 16, 17, 64, 511, 512, 513, 8192})
+    for (int64_t tokens : {1, 8, 100, 1025})
+      for (int each : {4, 8}) check_scan(features, tokens, each);
+  return failures != 0;
+}

@@ -1,0 +1,137 @@
+"""Runs the CUDA kernels of ``csrc/`` on the host, through the ops, with g++ alone.
+
+:func:`library` is all of them with the interface of ``libmal_kernels.so``. :func:`program` is one
+source built with a sanitizer, and with a planted bug if asked for. :func:`serve` lets
+``backend="cuda"`` run on either for tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mal_kernels._cuda import library as cuda
+from mal_kernels._cuda.build import source_folder, sources
+from mal_kernels.ops import _backend
+
+COMPILER = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DMAL_EMULATE"]
+COMPILER += ["-Wno-unknown-pragmas", "-Wno-missing-field-initializers"]
+# the first report is enough; short histories, as a thread does little between two barriers
+OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1:history_size=2", "ASAN_OPTIONS": "detect_leaks=0"}
+
+Launch = Callable[..., None]
+
+
+class Refused(Exception):
+    """A sanitizer or the emulation itself found a fault; its report."""
+
+
+def needs_compiler() -> None:
+    """Skips the calling test module where the kernels cannot be emulated."""
+    if shutil.which("g++") is None:
+        pytest.skip(
+            "g++ is not installed: the CUDA kernels are not emulated", allow_module_level=True
+        )
+
+
+def compiled(source: Path, out: Path, *flags: str) -> Path:
+    """An object file."""
+    subprocess.run([*COMPILER, *flags, "-c", "-x", "c++", str(source), "-o", str(out)], check=True)
+    return out
+
+
+def library(folder: Path) -> ctypes.CDLL:
+    """Every kernel, emulated."""
+    files = [*sources(), source_folder() / "emu/emulation.cpp"]
+    objects = [compiled(f, folder / f"{f.name}.o", "-fPIC") for f in files]
+    out = folder / "libemulated.so"
+    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(out)], check=True)
+    return cuda.opened(out)
+
+
+def program(folder: Path, source: str, sanitizer: str, bug: tuple[str, str] | None = None) -> Path:
+    """``source`` of ``csrc/`` with a main that replays one call.
+
+    Args:
+        folder: for what is built; what is there already is used.
+        source: such as ``momentum_scan.cu``.
+        sanitizer: ``thread`` or ``address``.
+        bug: text that stands in the source once, and what to put in its place.
+    """
+    csrc = source_folder()
+    runtime = folder / "emulation.o"
+    if not runtime.exists():
+        compiled(csrc / "emu/emulation.cpp", runtime)
+    flag, code = f"-fsanitize={sanitizer}", csrc / source
+    replay = folder / f"replay_{sanitizer}.o"
+    if not replay.exists():
+        compiled(csrc / "emu/replay.cpp", replay, flag)
+    if bug:
+        text = code.read_text()
+        assert text.count(bug[0]) == 1, f"not once in {source}: {bug[0]!r}"
+        code = folder / f"planted_{source}"
+        code.write_text(text.replace(*bug))
+    kernel = compiled(code, folder / f"{code.stem}_{sanitizer}.o", flag, "-O0", f"-I{csrc}")
+    out = folder / f"{code.stem}_{sanitizer}"
+    objects = map(str, (kernel, replay, runtime))
+    subprocess.run(["g++", flag, "-rdynamic", *objects, "-o", str(out)], check=True)
+    return out
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
+    """From here on ``backend="cuda"`` serves the CPU by ``launch``."""
+    monkeypatch.setattr(_backend, "_no_cuda", lambda _: None)
+    monkeypatch.setattr(cuda, "launch", launch)
+
+
+def in_process(emulated: ctypes.CDLL) -> Launch:
+    """Calls of the emulated library."""
+
+    def launch(function: str, device: torch.device, **fields: Tensor | int | float | None) -> None:
+        error = cuda.call(emulated, function, **fields, stream=0)
+        assert error == 0, f"{function}: error {error}"
+
+    return launch
+
+
+def in_program(path: Path) -> Launch:
+    """Calls of a program of :func:`program`, each in a process of its own."""
+
+    def launch(function: str, device: torch.device, **fields: Tensor | int | float | None) -> None:
+        record, places = [struct.pack("=q", len(fields) + 1)], []
+        for x in (*fields.values(), 0):  # the last is the stream
+            if isinstance(x, Tensor):
+                places.append((x, sum(map(len, record)) + 16))
+                record.append(struct.pack("=qq", 1, x.numel() * x.element_size()))
+                record.append(as_bytes(x).numpy().tobytes())
+            else:
+                record.append(struct.pack("=q", 0) + cuda._word(x))
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"".join(record))
+            file.flush()
+            command = ["setarch", "-R", str(path), function, file.name]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | OPTIONS)
+            if done.returncode:
+                raise Refused(done.stderr or f"{function}: error {done.returncode}")
+            result = Path(file.name).read_bytes()
+        for x, place in places:
+            raw = as_bytes(x)
+            raw.copy_(torch.frombuffer(bytearray(result), dtype=torch.uint8)[place:][: len(raw)])
+
+    return launch
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """The memory of a contiguous tensor."""
+    assert x.is_contiguous()
+    return x.detach().view(-1).view(torch.uint8)

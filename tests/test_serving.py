@@ -1,0 +1,213 @@
+"""The sidecar before vLLM: the same embeddings as in process, the request, faults, many callers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_dialogue import equal
+from test_store import redis_url as redis_url
+
+from bench.load import PlayedVLLM, chat_request, load, post, recordings, running, small_sidecar
+from examples.serve_vllm import (
+    VLLM,
+    Server,
+    UpstreamError,
+    embeds_part,
+    load_encoder,
+    open_store,
+    read_audio,
+)
+from mal_kernels import ArgumentError, AudioFileError, CheckpointError, MALAdapter
+from mal_kernels.demo import host as small
+from mal_kernels.demo import train
+from mal_kernels.errors import StoreError
+from mal_kernels.store import DirectoryStore, MemoryStore, RedisStore
+
+
+@pytest.fixture
+def played():
+    with running(PlayedVLLM()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def wavs():
+    return recordings(2, 4)
+
+
+def decoded(wav: str) -> np.ndarray:
+    return soundfile.read(io.BytesIO(base64.b64decode(wav)), dtype="float32")[0]
+
+
+def test_the_embeddings_sent_are_those_that_the_whole_host_would_use(played, wavs):
+    sidecar = small_sidecar(played.url, None)
+    host, mal = train.load()
+    mal.attach(host)
+    processor, seen, sent = small.build_processor(), [], []
+    embeds_of = host.model.language_model
+    hook = embeds_of.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    sidecar.vllm.post = lambda request: sent.append(request)  # what vLLM gets
+    for turn, wav in enumerate(wavs[0]):
+        inputs = small.prompt(processor, [decoded(wav)])
+        with torch.no_grad(), mal.dialogue("call-0", "AB"[turn % 2]):
+            host(**inputs)
+        sidecar.chat(chat_request(0, turn, wav))
+        audio = inputs["input_ids"][0] == host.config.audio_token_id
+        part = sent[-1]["messages"][0]["content"][0]
+        data = io.BytesIO(base64.b64decode(part["audio_embeds"]))
+        assert torch.equal(torch.load(data, weights_only=True), seen[-1][0, audio])
+    hook.remove()
+    for who in (None, "A", "B"):
+        here = sidecar.mal.dialogues.latest("call-0").states[who]
+        assert equal(here, mal.dialogues.latest("call-0").states[who])
+
+
+def test_uuids_tell_dialogues_turns_and_memories_apart():
+    x = torch.randn(3, 4)
+    one = embeds_part(x, "a\0" + "0")
+    assert embeds_part(x.clone(), "a\0" + "0") == one
+    others = [
+        embeds_part(x, "a\0" + "1"),
+        embeds_part(x, "b\0" + "0"),
+        embeds_part(x + 1, "a\0" + "0"),
+    ]
+    assert len({part["uuid"] for part in (one, *others)}) == 4
+    view = embeds_part(torch.randn(1000, 4)[:3], "a")
+    assert len(view["audio_embeds"]) == len(one["audio_embeds"])  # not all that it is a view of
+    embeds_part(x.bfloat16(), "a")
+
+
+def test_a_turn_that_vllm_does_not_answer_is_not_written(played, wavs):
+    sidecar = small_sidecar(played.url, MemoryStore())
+    request = chat_request(0, 0, wavs[0][0])
+    played.fail = 1
+    with pytest.raises(UpstreamError) as failed:
+        sidecar.chat(request)
+    assert failed.value.status == 500
+    assert sidecar.mal.dialogues.backing.values == {}
+    answer = sidecar.chat(request)  # the request is as it was
+    assert answer["choices"][0]["message"]["content"]
+    assert len(sidecar.mal.dialogues.latest("call-0").clips) == 1
+    sidecar.vllm.url = sidecar.vllm.url._replace(netloc="127.0.0.1:1")
+    with pytest.raises(UpstreamError, match="502"):
+        sidecar.chat(chat_request(0, 1, wavs[0][1]))
+    assert len(sidecar.mal.dialogues.latest("call-0").clips) == 1
+
+
+def test_statuses(played, wavs):
+    sidecar = small_sidecar(played.url, MemoryStore())
+    with running(Server(sidecar, "127.0.0.1", 0)) as server:
+        port = server.server_port
+        good = chat_request(0, 0, wavs[0][0])
+        assert post(port, None, "/health", "GET") == (200, {"status": "ok"})
+        assert post(port, None, "/x", "GET")[0] == 404
+        assert post(port, good)[0] == 200
+        for bad, match in (
+            (b"{", "not JSON"),
+            (b'{"a":' * 100_000, "not JSON"),
+            ([], "JSON object"),
+            ({**good, "stream": True}, "without stream"),
+            ({**good, "dialogue": 3}, "dialogue is 3"),
+            ({**good, "messages": good["messages"] * 2}, "2 input_audio parts"),
+            ({**good, "messages": "x"}, "0 input_audio parts"),
+            (chat_request(0, 0, "UklGRg=="), "cannot be read"),
+        ):
+            status, answer = post(port, bad)
+            assert status == 400
+            assert match in answer["error"]
+        assert len(sidecar.mal.dialogues.latest("call-0").clips) == 1
+        status, answer = post(port, {**good, "unknown": 1})
+        assert status == 400  # vLLM's own words
+        assert "unknown" in str(answer["error"])
+        assert post(port, None, "/v1/dialogues/call-0", "DELETE")[0] == 200
+        assert sidecar.mal.dialogues.backing.values == {}
+        sidecar.mal.dialogues.backing.put("call-0", b"damaged")
+        assert post(port, good)[0] == 503
+
+
+def test_many_callers_at_once_and_any_sidecar_takes_any_turn(redis_url):
+    result = load(6, 3, backing=RedisStore(redis_url, prefix="load:"))
+    assert result["turns"] == 18
+    assert result["answers_with_another_memory"] == 0
+
+
+def test_a_redis_that_goes_away_fails_the_turn_and_nothing_else(played, wavs):
+    sidecar = small_sidecar(played.url, RedisStore("redis://127.0.0.1:1/0"))
+    with pytest.raises(StoreError, match="Redis refused get"):
+        sidecar.chat(chat_request(0, 0, wavs[0][0]))
+    assert played.requests == 0
+
+
+def test_recordings_are_checked():
+    def wav(samples, rate=16000, channels=1) -> dict:
+        data = io.BytesIO()
+        soundfile.write(data, np.zeros((samples, channels)), rate, format="WAV")
+        return {"data": base64.b64encode(data.getvalue()).decode()}
+
+    assert len(read_audio(wav(4410, 44100, 2), 16000)) == 1600
+    for audio, match in (
+        (wav(0), "0.0 s"),
+        (wav(31 * 16000), "31.0 s"),
+        (wav(100, 16000, 9), "9 channels"),
+        (wav(100, 1000), "1000 Hz"),
+        ({"data": "é"}, "cannot be read"),
+        (None, "cannot be read"),
+        ({}, "cannot be read"),
+    ):
+        with pytest.raises(AudioFileError, match=match):
+            read_audio(audio, 16000)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_only_the_encoder_half_of_a_checkpoint_is_loaded(tmp_path, shard):
+    host = small.build_host()
+    host.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    vllm = load_encoder(str(tmp_path), "http://localhost:8000")
+    assert not any(parameter.is_meta for parameter in vllm.parameters())
+    mine, theirs = vllm.encoder.state_dict(), host.model.audio_tower.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    weight = host.model.multi_modal_projector.linear.weight
+    assert torch.equal(vllm.projector.linear.weight, weight)
+    MALAdapter().attach(vllm)
+    assert isinstance(vllm, VLLM)
+
+
+def test_an_encoder_without_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    host = small.build_host()
+    host.config.save_pretrained(tmp_path)
+    save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no weights for audio_tower"):
+        load_encoder(str(tmp_path), "http://localhost:8000")
+
+
+def test_stores_by_address(tmp_path):
+    assert isinstance(open_store(str(tmp_path / "calls")), DirectoryStore)
+    assert isinstance(open_store("redis://localhost:6379/0"), RedisStore)
+    with pytest.raises(ArgumentError):
+        open_store("http://localhost")
+
+
+def test_the_recorded_schema_is_strict(played):
+    part = {"type": "audio_embeds", "audio_embeds": "", "uuid": "x"}
+    message = {"role": "user", "content": [part]}
+    ok = {"messages": [message]}
+    assert not list(played.validator.iter_errors(ok))
+    for bad in (
+        {},
+        {"messages": []},
+        {**ok, "dialogue": "a"},
+        {"messages": [{"role": "user", "content": [{**part, "type": "input_audio"}]}]},
+        {"messages": [{"role": "user", "content": [{**part, "uuid": 3}]}]},
+    ):
+        assert list(played.validator.iter_errors(json.loads(json.dumps(bad))))
