@@ -185,7 +185,9 @@ def error(bench: Bench) -> Result:
     """
     tokens = 256 if bench.quick else 4096
     case = Case("error", heads=1, tokens=tokens, head_dim=32, hidden_dim=64)
-    leaves = [x.detach() for x in case.leaves("token")]
+    *qkv, lr, momentum, decay, w1, w2, s1, s2 = (x.detach() for x in case.leaves("token"))
+    # a hundredth of the decay, which pulls toward zero: a deep memory would be dead by T = 2048
+    leaves = [*qkv, lr, momentum, decay / 100, w1, w2, s1, s2]
 
     def run(
         function: Callable[..., Any], token_dtype: torch.dtype, dtype: torch.dtype, n: int = tokens

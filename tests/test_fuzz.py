@@ -143,6 +143,14 @@ def test_a_position_must_fit():
             ops.neural_memory(*args, state._replace(position=position), **options)
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_a_chunk_longer_than_the_call_costs_nothing(tokens):
+    _, *args, options = make_inputs(tokens=tokens, chunk_size=4, dtype=torch.float32)
+    want = ops.memory_update(*args, **options)
+    have = ops.memory_update(*args, **{**options, "chunk_size": 2**31})
+    assert torch.equal(have.surprise, want.surprise)
+
+
 def test_huge_bounds_of_gradients():
     for value in (1e38, 1e-45):
         with pytest.raises(ArgumentError, match="max_grad_norm"):
