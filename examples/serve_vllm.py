@@ -74,6 +74,8 @@ class VLLM(nn.Module):
         timeout: seconds after which an answer is given up.
     """
 
+    encoder: Any  # its class belongs to transformers
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -264,7 +266,7 @@ def parse(request: Any) -> tuple[str, str | None, Any, Callable[[Any], dict[str,
         )
     messages = request.get("messages")
     messages = list(messages) if isinstance(messages, list) else []
-    contents = [m.get("content") if isinstance(m, dict) else None for m in messages]
+    contents: list[Any] = [m.get("content") if isinstance(m, dict) else None for m in messages]
     parts = [
         (i, j, part.get("input_audio"))
         for i, content in enumerate(contents)
@@ -390,7 +392,8 @@ def load_encoder(model_id: str, url: str, device: str = "cpu") -> VLLM:
         if lacking:
             raise CheckpointError(f"{model_id} has no weights for {name}: {sorted(lacking)[:3]} …")
         part.load_state_dict(weights[name], strict=False, assign=True)
-    return VLLM(*parts.values(), config.text_config.hidden_size, url).eval()
+    encoder, projector = parts.values()
+    return VLLM(encoder, projector, config.text_config.hidden_size, url).eval()
 
 
 def _part(key: str, parts: dict[str, nn.Module]) -> str | None:
