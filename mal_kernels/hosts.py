@@ -658,3 +658,6 @@ def _hashes(rows: Tensor) -> Tensor:
     factor = torch.arange(1, words.shape[1] + 1, device=words.device) * -0x61C8864680B583EB
     factor = (factor ^ (factor >> 29)) * -0x40A7B892E31B1A47 | 1
     return (words * factor).sum(1)
+
+
+BUILT_IN = frozenset(_SPECS)  # the types that come with the package

@@ -17,17 +17,23 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def expect(ok: bool, name: str, got: object, expected: str, remedy: str = "") -> None:
-    """Raises ArgumentError naming the argument, what it was, what was expected and what to do."""
+    """Raises ArgumentError naming the argument, what it was, what was expected and what to do.
+
+    ``got`` is that in words, or a value for :func:`describe`, which is called only if it is wrong:
+    words cost time, and ``torch.compile`` cannot format a number that it keeps dynamic.
+    """
     if not ok:
         tail = f"; {remedy}" if remedy else ""
-        raise ArgumentError(f"{name}: got {got}, expected {expected}{tail}")
+        what = got if isinstance(got, str) else describe(got)
+        raise ArgumentError(f"{name}: got {what}, expected {expected}{tail}")
 
 
 def describe(x: object) -> str:
     """Dtype, shape and device of a tensor; the type, and if it is short the value, of others."""
     if isinstance(x, Tensor):
         return f"{x.dtype} {list(x.shape)} on {x.device}"
-    short = x is None or isinstance(x, (bool, int, float, str))  # a state would print its tensors
+    # a state would print its tensors
+    short = x is None or isinstance(x, (bool, int, float, str, torch.dtype, torch.device))
     return f"{type(x).__name__} {x!r}"[:80] if short else type(x).__name__
 
 
@@ -38,14 +44,14 @@ def is_float(x: object) -> TypeGuard[Tensor]:
 
 def check_tokens(name: str, x: Tensor, like: Tensor | None = None) -> None:
     """``[B, T, H, D]`` floating point; same shape, dtype and device as ``like``."""
-    expect(isinstance(x, Tensor), name, describe(x), "a tensor [B, T, H, D]")
+    expect(isinstance(x, Tensor), name, x, "a tensor [B, T, H, D]")
     expect(x.ndim == 4, name, f"shape {list(x.shape)}", "4 dimensions [B, T, H, D]")
     expect(x.dtype in FLOATS, name, x.dtype, "a floating point dtype", "cast it first")
     if like is not None:
         expect(
             x.shape == like.shape and x.dtype == like.dtype and x.device == like.device,
             name,
-            describe(x),
+            x,
             f"{describe(like)} like the other tokens",
         )
 
@@ -57,7 +63,7 @@ def check_gate(name: str, gate: Tensor | None, shape: Sequence[int], device: tor
     expect(
         is_float(gate) and tuple(gate.shape) == tuple(shape) and gate.device == device,
         name,
-        describe(gate),
+        gate,
         f"floating point {list(shape)} on {device}",
     )
 
@@ -85,19 +91,19 @@ def check_gates(lr: Tensor | None, momentum: Tensor | None, decay: Tensor | None
 
 def check_write_options(step: str, chunk_size: int | None, max_grad_norm: float | None) -> None:
     """How a write is done."""
-    expect(step in ("token", "chunk"), "step", describe(step), "'token' or 'chunk'")
+    expect(step in ("token", "chunk"), "step", repr(step), "'token' or 'chunk'")
     whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
     expect(
         chunk_size is None or (whole and 1 <= chunk_size < 2**63),
         "chunk_size",
-        describe(chunk_size),
+        chunk_size,
         "an int of at least 1, or None",
     )
     number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
     expect(
         max_grad_norm is None or (number and 1e-18 <= max_grad_norm <= 1e18),  # float32 squares
         "max_grad_norm",
-        describe(max_grad_norm),
+        max_grad_norm,
         "a number from 1e-18 to 1e18, or None",
     )
 
@@ -119,8 +125,8 @@ def check_memory(
 ) -> None:
     """The state fits ``tokens`` ``[B, T, H, D]`` and ``rows`` sequences."""
     known = isinstance(activation, str) and activation in ACTIVATIONS
-    expect(known, "activation", describe(activation), f"one of {[*ACTIVATIONS]}")
-    expect(isinstance(residual_norm, bool), "residual_norm", describe(residual_norm), "a bool")
+    expect(known, "activation", activation, f"one of {[*ACTIVATIONS]}")
+    expect(isinstance(residual_norm, bool), "residual_norm", residual_norm, "a bool")
     check_fields(state)
     heads, dim = tokens.shape[2:]
     dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -150,18 +156,18 @@ def check_memory(
         expect(
             good and position.shape == (rows,) and position.device == tokens.device,
             "state.position",
-            describe(position),
+            position,
             f"int64 [{rows}] on {tokens.device}",
         )
 
 
 def check_fields(state: MemoryState) -> None:
     """A MemoryState with a tuple or list of tensors in every field that has some."""
-    expect(isinstance(state, MemoryState), "state", describe(state), "a MemoryState")
+    expect(isinstance(state, MemoryState), "state", state, "a MemoryState")
     for name, field in zip(state._fields[:3], state, strict=False):
         if field is not None or name != "anchor":
             good = isinstance(field, (tuple, list)) and all(is_float(x) for x in field)
-            expect(good, f"state.{name}", describe(field), "a floating point tensor per layer")
+            expect(good, f"state.{name}", field, "a floating point tensor per layer")
 
 
 def check_state_tensor(
@@ -170,7 +176,7 @@ def check_state_tensor(
     expect(
         is_float(x) and tuple(x.shape) == tuple(shape) and x.dtype == dtype and x.device == device,
         name,
-        describe(x),
+        x,
         f"{dtype} {list(shape)} on {device}",
         "a state belongs to one memory size; state is float32 (float64 for float64 tokens)",
     )
@@ -178,7 +184,7 @@ def check_state_tensor(
 
 def check_like_weights(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """One tensor per layer with the shape, dtype and device of the weights."""
-    expect(isinstance(tensors, (tuple, list)), name, describe(tensors), "a tensor per layer")
+    expect(isinstance(tensors, (tuple, list)), name, tensors, "a tensor per layer")
     expect(
         len(tensors) == len(weights), name, f"{len(tensors)} tensors", f"{len(weights)}, per layer"
     )
@@ -190,7 +196,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, tokens: Tensor) -> int:
     """Returns the number of sequences."""
     if cu_seqlens is None:
         return tokens.shape[0]
-    expect(isinstance(cu_seqlens, Tensor), "cu_seqlens", describe(cu_seqlens), "a tensor, or None")
+    expect(isinstance(cu_seqlens, Tensor), "cu_seqlens", cu_seqlens, "a tensor, or None")
     expect(
         tokens.shape[0] == 1,
         "cu_seqlens",
@@ -203,7 +209,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, tokens: Tensor) -> int:
         and cu_seqlens.dtype in (torch.int32, torch.int64)
         and cu_seqlens.device == tokens.device,
         "cu_seqlens",
-        describe(cu_seqlens),
+        cu_seqlens,
         f"int32 or int64 [N + 1] on {tokens.device}",
     )
     return len(cu_seqlens) - 1

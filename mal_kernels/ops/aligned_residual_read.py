@@ -25,7 +25,6 @@ from ._check import (
     check_index,
     check_memory,
     check_state_tensor,
-    describe,
     expect,
     is_float,
 )
@@ -294,24 +293,22 @@ def _checked(
     expect(
         is_float(hidden) and hidden.ndim == 3,
         "hidden",
-        describe(hidden),
+        hidden,
         "floating point [B, S, Dm]",
     )
     for name, index in (("token_index", token_index), ("state_index", state_index)):
         check_state_index(name, index, token_index, hidden.device)
     check_fields(state)
     first = state.weights[0] if state.weights else None
-    expect(
-        first is not None and first.ndim == 4, "state.weights[0]", describe(first), "[B, H, D, E]"
-    )
+    expect(first is not None and first.ndim == 4, "state.weights[0]", first, "[B, H, D, E]")
     width, (heads, dim) = hidden.shape[-1], state.weights[0].shape[1:3]
     like = hidden.new_empty(0, 0, heads, dim)
     check_memory(state, like, state.batch_size, residual_norm, activation)
     inner = heads * dim
     shapes = ((width,), (inner, width), (inner, width), (width, inner))
-    expect(isinstance(params, ReadParams), "params", describe(params), "a ReadParams")
+    expect(isinstance(params, ReadParams), "params", params, "a ReadParams")
     for name, p, shape in zip(ReadParams._fields, params, shapes, strict=True):
-        expect(is_float(p), f"params.{name}", describe(p), f"floating point {list(shape)}")
+        expect(is_float(p), f"params.{name}", p, f"floating point {list(shape)}")
         check_state_tensor(f"params.{name}", p, shape, p.dtype, hidden.device)
     weights = list(state.weights)
     return (hidden, token_index, state_index, weights, list(params), activation, residual_norm)
@@ -332,6 +329,6 @@ def _backend_of(
 def check_state_index(name: str, index: Tensor, like: Tensor, device: torch.device) -> None:
     """``[N]`` int64 on ``device``, as many as ``like`` has."""
     good = isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.int64
-    expect(good, name, describe(index), "int64 [N]")
+    expect(good, name, index, "int64 [N]")
     expect(len(index) == len(like), name, f"{len(index)}", f"{len(like)}, one per token")
     expect(index.device == device, name, f"on {index.device}", f"on {device} like hidden")

@@ -20,7 +20,6 @@ from ._check import (
     check_gate,
     check_gates,
     check_state_tensor,
-    describe,
     expect,
     is_float,
 )
@@ -162,7 +161,7 @@ def momentum_scan(
     expect(
         is_float(update) and update.ndim >= 3,
         "update",
-        describe(update),
+        update,
         "floating point [B, T, H, ...]",
     )
     rows = check_cu_seqlens(cu_seqlens, update)

@@ -33,7 +33,6 @@ from ._check import (
     check_memory,
     check_tokens,
     check_write_options,
-    describe,
     expect,
     is_float,
 )
@@ -302,7 +301,7 @@ def neural_memory(
     for name, gate in (("momentum", momentum), ("decay", decay)):
         if gate is not None:
             expect(
-                *(is_float(gate) and gate.ndim == 3, name, describe(gate)),
+                *(is_float(gate) and gate.ndim == 3, name, gate),
                 "floating point [B, T or NC, H], or None",
             )
             n = gate.shape[1:2].numel() if n_gates is None else n_gates
