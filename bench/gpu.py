@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ import typer
 from rich.console import Console
 
 from bench.gpu_report import measured, show, targets
-from bench.measure import ROOT, git
+from bench.measure import ROOT, git, version
 from mal_kernels.ops._backend import TRITON_OPS, architecture
 
 PYTHON = sys.executable
@@ -117,7 +116,7 @@ def environment(session: Session, commit: str | None) -> None:
         "dry_run": session.dry_run,
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES},
         "commit": commit or git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "mal_kernels", "bench")),
         "device": "cpu (dry run: the times mean nothing)",
@@ -232,13 +231,6 @@ def _last_words(log: Path) -> str:
     """The last line of a log that says something."""
     lines = [line.strip("│╰─╯ ") for line in log.read_text().splitlines()]
     return next((line for line in reversed(lines) if line), "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _plan(session: Session, commit: str | None) -> dict[str, Callable[[set[str]], object]]:

@@ -131,14 +131,15 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {"mal-kernels": __version__} | {name: _version(name) for name in PACKAGES},
+        "versions": {"mal-kernels": __version__} | {name: version(name) for name in PACKAGES},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "mal_kernels", "bench")),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None if it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

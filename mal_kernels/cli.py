@@ -69,7 +69,7 @@ def demo(
     workers: Annotated[int, typer.Option(min=1, help="Processes that render audio.")] = 2,
 ) -> None:
     """A small Qwen2-Audio hears dialogues with and without memory; nothing is downloaded."""
-    with _errors_without_traceback():
+    with errors_without_traceback():
         from mal_kernels.demo.show import run
         from mal_kernels.demo.train import Recipe
 
@@ -93,7 +93,7 @@ def demo(
 def bench(context: typer.Context) -> None:
     """Measure what the memory costs on this CPU, beside what there is (in a clone)."""
     root = Path(__file__).parents[1]
-    with _errors_without_traceback():
+    with errors_without_traceback():
         if not (root / "bench/__main__.py").exists():
             raise BackendUnavailable(
                 "bench: it is part of the repository, not of the installed package, because it "
@@ -118,7 +118,7 @@ def doctor(
     """Show versions, devices, and which backend every op would use and why."""
     console = Console()
     if kernels:
-        with _errors_without_traceback():
+        with errors_without_traceback():
             _show_kernels(console, target)
         return
     versions = Table("package", "version", title="Versions", title_justify="left")
@@ -198,7 +198,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _errors_without_traceback() -> Iterator[None]:
+def errors_without_traceback() -> Iterator[None]:
     """What the library refuses is the user's business: its message, and exit code 1."""
     try:
         yield

@@ -216,6 +216,24 @@ def assert_within_budget(
     assert ok, f"{name}: max error {used[0]:.2f} of budget, RMS error {used[1]:.2f} of budget"
 
 
+def assert_all_within_budget(
+    actual: dict[str, Tensor],
+    golden: dict[str, Tensor],
+    twin: dict[str, Tensor] | None,
+    dtype: torch.dtype,
+) -> None:
+    """:func:`assert_within_budget` of results by name; names of gradients begin with ``grad``."""
+    for name, x in actual.items():
+        assert_within_budget(
+            name,
+            x,
+            golden[name],
+            gradient=name.startswith("grad"),
+            twin=None if twin is None else twin[name],
+            dtype=dtype,
+        )
+
+
 def _rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
 
@@ -267,12 +285,4 @@ def assert_parity(function: Callable[..., Any], inputs: Inputs) -> None:
     if dtype != torch.float32:
         with low_precision(dtype):
             twin = results(reference.neural_memory, inputs.to(torch.float32))
-    for name, actual in results(function, inputs).items():
-        assert_within_budget(
-            name,
-            actual,
-            golden[name],
-            gradient=name.startswith("grad"),
-            twin=None if twin is None else twin[name],
-            dtype=dtype,
-        )
+    assert_all_within_budget(results(function, inputs), golden, twin, dtype)

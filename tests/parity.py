@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mal_kernels.testing import Inputs, assert_within_budget, low_precision
+from mal_kernels.testing import Inputs, assert_all_within_budget, low_precision
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -67,15 +67,7 @@ def assert_same(function, golden_function, tensors, dtype, find=values_and_gradi
     if dtype != torch.float32:
         with low_precision(dtype):
             twin = find(golden_function, [t.float() for t in tensors])
-    for name, actual in find(function, tensors).items():
-        assert_within_budget(
-            name,
-            actual,
-            high[name],
-            gradient=name.startswith("grad"),
-            twin=None if twin is None else twin[name],
-            dtype=dtype,
-        )
+    assert_all_within_budget(find(function, tensors), high, twin, dtype)
 
 
 def on_tensors(op: Callable, inputs: Inputs, **more):

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
-from mal_kernels.errors import MALError
+from mal_kernels.cli import errors_without_traceback
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 console = Console()
@@ -25,16 +24,6 @@ CorpusName = Annotated[str, typer.Option(help=CORPUS)]
 Root = Annotated[Path | None, typer.Option(help="Directory of the corpus.")]
 Cache = Annotated[Path | None, typer.Option(help="Keeps the encoded turns.")]
 SHOWN_NOTES = 20
-
-
-@contextmanager
-def _errors_without_traceback() -> Iterator[None]:
-    try:
-        yield
-    except MALError as error:
-        message = Text.assemble((type(error).__name__, "red"), f": {error}")
-        Console(stderr=True).print(message, soft_wrap=True)
-        raise typer.Exit(1) from error
 
 
 @contextmanager
@@ -49,7 +38,7 @@ def check(corpus: CorpusName, root: Root = None) -> None:
     """Count what a directory holds, against the complete corpus; exit code 1 if they differ."""
     from examples.ser.runs import open_corpus
 
-    with _errors_without_traceback():
+    with errors_without_traceback():
         found = open_corpus(corpus, root)
     wrong, counts = found.check(), found.counts()
     table = Table("", "found", "complete", title=found.name, title_justify="left")
@@ -80,7 +69,7 @@ def prepare(
     from examples.ser.runs import open_bench, open_corpus
     from examples.ser.train import Settings
 
-    with _errors_without_traceback(), _bars() as bars:
+    with errors_without_traceback(), _bars() as bars:
         if corpus == "meld" and root is not None:
             clips = sum(len(meld.clips(root, split)) for split in meld.SPLITS)
             task = bars.add_task("Extracting sound", total=clips)
@@ -174,7 +163,7 @@ def train(
     }
     given |= {"root": root and str(root), "cache": cache and str(cache)}
     settings = Settings(**given)
-    with _errors_without_traceback(), _bars() as bars:
+    with errors_without_traceback(), _bars() as bars:
         bench = open_bench(settings, ("train", "validation"), **_encoding(bars))
         follow = _follow(bars, f"Training {arm}", steps)
         changes = {"report_to": "tensorboard"} if tensorboard else {}
@@ -199,7 +188,7 @@ def evaluate(
     from examples.ser.runs import load_run, open_bench
     from examples.ser.train import Settings
 
-    with _errors_without_traceback(), _bars() as bars:
+    with errors_without_traceback(), _bars() as bars:
         settings = Settings.load(run)
         if cache is not None:
             settings = dataclasses.replace(settings, cache=str(cache))
@@ -294,7 +283,7 @@ def demo(
     from mal_kernels.demo.show import one_thread
 
     settings = Settings(arm=arm, steps=steps, dialogues=dialogues, seed=seed)
-    with _errors_without_traceback(), one_thread(), _bars() as bars:
+    with errors_without_traceback(), one_thread(), _bars() as bars:
         bench = open_bench(settings, test=test, **_encoding(bars))
         models = {}
         for name in (arm, "never-written"):
@@ -317,7 +306,7 @@ def table(
     """Train and control every arm with three seeds, and collect the table; can be stopped."""
     from examples.ser import benchmark
 
-    with _errors_without_traceback(), _bars() as bars:
+    with errors_without_traceback(), _bars() as bars:
         first, every = map(int, share.split("/"))
         todo = benchmark.jobs()[first::every]
         task = bars.add_task("Jobs", total=len(todo))

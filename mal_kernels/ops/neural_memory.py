@@ -300,10 +300,8 @@ def neural_memory(
     n_gates = _chunk_gates(k, cu_seqlens, chunk_size) if step == "chunk" else k.shape[1]
     for name, gate in (("momentum", momentum), ("decay", decay)):
         if gate is not None:
-            expect(
-                *(is_float(gate) and gate.ndim == 3, name, gate),
-                "floating point [B, T or NC, H], or None",
-            )
+            good = is_float(gate) and gate.ndim == 3
+            expect(good, name, gate, "floating point [B, T or NC, H], or None")
             n = gate.shape[1:2].numel() if n_gates is None else n_gates
             check_gate(name, gate, (k.shape[0], n, k.shape[2]), k.device)
     expect(
