@@ -1,9 +1,12 @@
 """A session on a machine with one NVIDIA GPU: ``bench/gpu_session.sh --help``.
 
-Environment, parity tests, times, profile, compute-sanitizer: each step is a process with a limit of
-its own, and what is known is written after each, so that a crash or a time-out loses one step only.
-An op whose parity tests fail is not timed. A dry run goes through the same steps in miniature on a
-CPU, kernels in Triton's interpreter; its times mean nothing.
+Environment, build of the CUDA library, parity tests, compute-sanitizer, times, profile: each step
+is a process with a limit of its own, and what is known is written after each, so that a crash or a
+time-out loses one step only. The kernels of Triton and of CUDA go through the same steps; where
+both serve an op they are timed in turns. An op that fails a test or a sanitizer with a backend, or
+differs there from the reference on what is timed, is not timed with it. A dry run goes through the
+steps in miniature on a CPU, kernels in Triton's interpreter and in the emulation of csrc/emu; its
+times mean nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,25 +34,45 @@ import typer
 from rich.console import Console
 
 from bench.gpu_report import measured, show, targets
+from bench.gpu_steps import OPS
 from bench.measure import ROOT, git, version
-from mal_kernels.ops._backend import TRITON_OPS, architecture
+from mal_kernels._cuda.build import BuildError, find_nvcc
+from mal_kernels.ops._backend import CUDA_OPS, architecture
 
 PYTHON = sys.executable
 PACKAGES = ("torch", "triton", "titans-pytorch", "numpy", "pytest")
-# step of bench.gpu_steps: its limit in seconds, and the op that it times
-TIMED = {
-    "ceilings": (40, None),
-    "read_hidden": (40, "aligned_residual_read"),
-    "read": (40, "memory_read"),
-    "write": (40, "memory_update"),
-    "decode": (40, "neural_memory"),
-    "train": (90, "neural_memory"),
-    "peer": (60, "neural_memory"),
-    "scan": (40, "momentum_scan"),
-    "profile": (40, "neural_memory"),
-    "closed_form": (150, "neural_memory"),
+# step of bench.gpu_steps: its limit in seconds, and the ops that it times
+TIMED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ceilings": (40, ()),
+    "read_hidden": (40, ("aligned_residual_read",)),
+    "read": (40, ("memory_read",)),
+    "write": (40, ("memory_update",)),
+    "turn": (40, ("aligned_residual_read", "memory_update")),
+    "decode": (40, ("neural_memory",)),
+    "one_dialogue": (40, ("neural_memory",)),
+    "train": (90, ("neural_memory",)),
+    "train_writes": (90, ("memory_update",)),
+    "no_gates": (60, ("neural_memory",)),
+    "peer": (60, ("neural_memory",)),
+    "scan": (40, ("momentum_scan",)),
+    "profile": (40, ("neural_memory",)),
+    "closed_form": (150, ("neural_memory",)),
 }
-PARITY_LIMIT, TOOL_LIMIT = 240, 75
+PARITY_LIMIT, TOOL_LIMIT, BUILD_LIMIT = 240, 75, 180
+# what stands for an op in the names of its tests
+NAMES = {
+    "neural_memory": "memory_update",
+    "test_cuda_backward": "memory_update",
+    "aligned_read": "aligned_residual_read",
+}
+TOOLS = ("memcheck", "racecheck", "synccheck")
+NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+PYTEST = [PYTHON, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider"]
+WRAPPER_TESTS = [*PYTEST, "-m", "gpu", "tests/test_cuda_wrappers.py"]
+DRY_RUN_TESTS = {
+    "triton": "test_memory_read and (one or no) or test_momentum_scan and bare",
+    "cuda": "test_wrapper and emulated",
+}
 console = Console()
 
 
@@ -60,6 +85,8 @@ class Session:
     dry_run: bool
     deadline: float
     result: dict[str, Any] = field(default_factory=dict)
+    failed: set[tuple[str, str]] = field(default_factory=set)  # backend and op
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def save(self) -> None:
         """Writes the result as it stands."""
@@ -69,10 +96,18 @@ class Session:
 
     def note(self, step: str, status: str, seconds: float = 0.0) -> None:
         """Records how a step ended."""
-        steps = self.result.setdefault("steps", {})
-        steps[step] = {"status": status, "seconds": round(seconds, 1)}
-        console.print(f"{step:<12} {seconds:6.1f} s  {status}", highlight=False)
-        self.save()
+        with self.lock:
+            steps = self.result.setdefault("steps", {})
+            steps[step] = {"status": status, "seconds": round(seconds, 1)}
+            console.print(f"{step:<36} {seconds:6.1f} s  {status}", highlight=False)
+            self.save()
+
+    def fail(self, backend: str, ops: Iterable[str]) -> None:
+        """From now on ``backend`` is not timed on ``ops``."""
+        with self.lock:
+            self.failed |= {(backend, op) for op in ops}
+            self.result["failed"] = sorted(" ".join(pair) for pair in self.failed)
+            self.save()
 
     def run(self, step: str, command: Sequence[str], limit: float, **environment: str) -> str:
         """Runs a command with its output in ``logs / step.log``, notes and returns how it ended."""
@@ -130,46 +165,69 @@ def environment(session: Session, commit: str | None) -> None:
             "multiprocessors": card.multi_processor_count,
             "memory_bytes": card.total_memory,
             "cuda": torch.version.cuda,
+            "nvcc": _nvcc(),
             "nvidia_smi": subprocess.run(query, capture_output=True, text=True).stdout.split("\n"),
         }
     session.result["environment"] = found
     session.note("environment", "passed")
 
 
-def parity(session: Session) -> set[str]:
-    """The tests marked gpu; in a dry run a few of them, interpreted. Returns the ops that failed.
+def build(session: Session) -> None:
+    """The CUDA library: by nvcc for this GPU, in a dry run by g++ for the emulation."""
+    command = [PYTHON, "-m", "mal_kernels._cuda"]
+    if session.dry_run:
+        code = "import pathlib, tests.emulation as e; e.library(pathlib.Path({!r}))"
+        command = [PYTHON, "-c", code.format(str(session.logs))]
+    if session.run("build", command, BUILD_LIMIT) != "passed":
+        session.fail("cuda", CUDA_OPS)
+
+
+def parity(session: Session, backend: str) -> None:
+    """The tests marked gpu; in a dry run a few of them, interpreted or emulated.
 
     Warnings are no errors here: torch differs from the one that the suite is written for.
     """
-    tests = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_triton_*.py"))
-    command = [PYTHON, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", *tests]
+    step = f"parity_{backend}"
+    if session.failed >= {(backend, op) for op in OPS[backend]}:
+        session.note(step, "skipped: the library is not built")
+        return
+    tests = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"tests/test_{backend}_*.py"))
+    command = [*PYTEST, *tests]
     if session.dry_run:
-        command += ["-k", "test_memory_read and (one or no) or test_momentum_scan and bare"]
+        command += ["-k", DRY_RUN_TESTS[backend]]
     else:
         command += ["-m", "gpu"]
         if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
-            command += ["-n", str(min(12, os.cpu_count() or 1))]
-    status = session.run("parity", command, PARITY_LIMIT)
-    counts = outcomes((session.logs / "parity.log").read_text()) if status != "skipped" else {}
-    session.result["parity"] = counts
+            command += ["-n", str(workers())]
+    status = session.run(step, command, PARITY_LIMIT)
+    if status == "skipped":
+        return
+    counts = outcomes((session.logs / f"{step}.log").read_text(), backend)
+    session.result.setdefault("parity", {})[backend] = counts
+    wrong = [op for op, count in counts.items() if count["failed"]]
+    if wrong or status.startswith("failed"):
+        session.fail(backend, wrong or OPS[backend])
     session.save()
-    return {op for op, count in counts.items() if count["failed"]}
 
 
-def outcomes(log: str) -> dict[str, Any]:
+def workers() -> int:
+    """Processes at once, where the GPU is not what they wait for."""
+    return min(12, os.cpu_count() or 1)
+
+
+def outcomes(log: str, backend: str) -> dict[str, Any]:
     """How many tests of each op passed and which failed, from pytest's verbose output.
 
-    A test that names no op speaks for all of them; ``memory_update`` is ``neural_memory`` without
-    queries.
+    A test that names no op speaks for all of them. ``memory_update`` is ``neural_memory`` without
+    queries, and of the CUDA kernels it alone has a backward.
     """
-    counts: dict[str, Any] = {op: {"passed": 0, "failed": []} for op in TRITON_OPS}
+    counts: dict[str, Any] = {op: {"passed": 0, "failed": []} for op in OPS[backend]}
     serial = re.findall(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR)", log, re.M)
     parallel = re.findall(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR) (tests/\S+?::.+?)\s*$", log, re.M)
     for test, outcome in [*serial, *((test, outcome) for outcome, test in parallel)]:
-        named = [op for op in TRITON_OPS if op in test]
-        if "neural_memory" in named:
-            named.append("memory_update")
-        for op in set(named or TRITON_OPS):
+        named = {op for op in OPS["triton"] if op in test}
+        named |= {op for part, op in NAMES.items() if part in test}
+        for op in (named or set(counts)) & set(counts):
             if outcome == "PASSED":
                 counts[op]["passed"] += 1
             else:
@@ -177,54 +235,114 @@ def outcomes(log: str) -> dict[str, Any]:
     return counts
 
 
-def timed(session: Session, step: str, failed: set[str]) -> None:
-    """A step of :mod:`bench.gpu_steps`, unless its op is wrong or a library is missing."""
-    limit, op = TIMED[step]
-    if op in failed:
-        session.note(step, f"skipped: parity tests of {op} failed")
-    elif step == "peer" and importlib.util.find_spec("titans_pytorch") is None:
-        session.note(step, "skipped: titans-pytorch is not installed")
-    else:
-        found = session.logs / f"{step}.json"
-        found.unlink(missing_ok=True)
-        session.run(step, [PYTHON, "-m", "bench.gpu_steps", step, str(found)], limit)
-        if found.exists():
-            results = json.loads(found.read_text())
-            found.unlink()
-            for name in ("ceilings", "profile"):
-                if name in results:
-                    session.result[name] = results.pop(name)
-            session.result["timings"] |= results
-            session.save()
-
-
-def sanitize(session: Session, tool: str) -> None:
-    """compute-sanitizer over small shapes of every op; without torch's cache of device memory."""
+def sanitize(session: Session, backend: str) -> None:
+    """compute-sanitizer over small shapes of every op, all at once; in a dry run without it."""
+    exercise = [PYTHON, "-m", "bench.gpu_steps", "exercise"]
+    if session.failed >= {(backend, op) for op in OPS[backend]}:
+        session.note(f"sanitize_{backend}", "skipped: all its ops failed before")
+        return
+    if session.dry_run:
+        command = [*exercise, str(session.logs / f"exercise_{backend}.json"), backend]
+        if backend == "triton":  # the interpreter takes minutes for the others
+            command += ["--op", "memory_read"]
+        session.run(f"exercise_{backend}", command, TOOL_LIMIT)
+        return
     program = shutil.which("compute-sanitizer")
     if program is None:
-        session.note(tool, "skipped: compute-sanitizer is not installed")
+        session.note(f"sanitize_{backend}", "skipped: compute-sanitizer is not installed")
         return
-    command = [program, "--tool", tool, "--error-exitcode", "9", PYTHON, "-m", "bench.gpu_steps"]
-    command += ["exercise", str(session.logs / f"{tool}.json")]
-    session.run(tool, command, TOOL_LIMIT, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    def watch(tool: str, name: str, ops: Sequence[str], command: Sequence[str]) -> None:
+        watcher: list[str] = [program, "--tool", tool, "--error-exitcode", "9"]
+        watcher += ["--target-processes", "application-only"]
+        if tool == "memcheck":  # a launch that is refused raises in Python
+            watcher += ["--report-api-errors", "no"]
+        step = f"{tool}_{name}"
+        # without torch's cache of device memory, so that every tensor has an end
+        ended = session.run(step, [*watcher, *command], TOOL_LIMIT, **NO_CACHE)
+        if ended.startswith("failed"):
+            session.fail(backend, ops)
+
+    jobs: list[tuple[str, str, Sequence[str], Sequence[str]]] = []
+    for tool in TOOLS:
+        for op in OPS[backend]:
+            out = str(session.logs / f"{tool}_{backend}_{op}.json")
+            jobs.append((tool, f"{backend}_{op}", [op], [*exercise, out, backend, "--op", op]))
+        if backend == "cuda":
+            jobs.append((tool, "wrappers", CUDA_OPS, WRAPPER_TESTS))
+    with ThreadPoolExecutor(workers()) as pool:
+        list(pool.map(watch, *zip(*jobs, strict=True)))
+
+
+def timed(session: Session, step: str) -> None:
+    """A step of :mod:`bench.gpu_steps`, for the backends that serve its ops and have not failed."""
+    ops = TIMED[step][1]
+    if step == "peer" and importlib.util.find_spec("titans_pytorch") is None:
+        session.note(step, "skipped: titans-pytorch is not installed")
+        return
+    backends = []
+    for backend in (b for b, served in OPS.items() if set(ops) <= set(served)):
+        if wrong := [op for op in ops if (backend, op) in session.failed]:
+            session.note(f"{step} {backend}", f"skipped: {' and '.join(wrong)} failed before")
+        else:
+            backends.append(backend)
+    if not backends:
+        return
+    status, found_wrong = _measure(session, step, step, backends)
+    for backend in found_wrong:
+        session.fail(backend, ops)
+    if status.startswith("failed") and not found_wrong and backends == [*OPS]:
+        again, _ = _measure(session, step, f"{step} without cuda", ["triton"])
+        if again == "passed":
+            session.fail("cuda", ops)
+
+
+def _measure(
+    session: Session, step: str, name: str, backends: Sequence[str]
+) -> tuple[str, set[str]]:
+    """How a process with the step ended, and which backends were wrong."""
+    found = session.logs / f"{step}.json"
+    found.unlink(missing_ok=True)
+    command = [PYTHON, "-m", "bench.gpu_steps", step, str(found), *backends]
+    status = session.run(name, command, TIMED[step][0])
+    results = json.loads(found.read_text()) if found.exists() else {}
+    found.unlink(missing_ok=True)
+    for name in ("ceilings", "profile"):
+        if name in results:
+            session.result[name] = results.pop(name)
+    session.result["timings"] = session.result.get("timings", {}) | results
+    session.save()
+    return status, {backend for row in results.values() for backend in row.get("wrong", ())}
 
 
 def counters(session: Session) -> None:
-    """Hardware counters of the two hottest kernels of the profile."""
+    """Hardware counters of the two hottest kernels of each backend in the profile."""
     program = shutil.which("ncu")
-    hottest = list(session.result.get("profile", {}).get("microseconds", {}))[:2]
+    profile = session.result.get("profile", {})
+    hottest = [name for kernels in profile.values() for name in [*kernels][:2]]
     if program is None or session.dry_run or not hottest:
         why = "ncu is not installed" if program is None else "there is no profile of a GPU"
         session.note("ncu", f"skipped: {why}")
         return
     names = "|".join(re.escape(name) for name in hottest)
     command = [program, "--clock-control", "none", "--kernel-name", f"regex:{names}"]
-    command += ["--launch-count", "2", "--section", "SpeedOfLight", "--section", "Occupancy"]
-    command += ["--section", "MemoryWorkloadAnalysis", PYTHON, "-m", "bench.gpu_steps", "hot"]
-    session.run("ncu", [*command, str(session.logs / "hot.json")], TOOL_LIMIT)
+    command += ["--launch-count", str(len(hottest))]
+    for section in ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis"):
+        command += ["--section", section]
+    command += [PYTHON, "-m", "bench.gpu_steps", "hot", str(session.logs / "hot.json")]
+    session.run("ncu", command, TOOL_LIMIT)
 
 
 # --- the whole ------------------------------------------------------------------------------------
+
+
+def _nvcc() -> str:
+    """Its release, or why there is none."""
+    try:
+        done = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True)
+    except BuildError as error:
+        return str(error)
+    return done.stdout.strip().split("\n")[-1]
 
 
 def _last_words(log: Path) -> str:
@@ -233,15 +351,17 @@ def _last_words(log: Path) -> str:
     return next((line for line in reversed(lines) if line), "")
 
 
-def _plan(session: Session, commit: str | None) -> dict[str, Callable[[set[str]], object]]:
-    """Every step by name, in order; each is given the ops that failed."""
+def _plan(session: Session, commit: str | None) -> dict[str, Callable[[], object]]:
+    """Every step by name, in order: the CUDA kernels' tests first, as they are the youngest."""
     return {
-        "environment": lambda _: environment(session, commit),
-        "parity": lambda failed: failed.update(parity(session)),
+        "environment": lambda: environment(session, commit),
+        "build": lambda: build(session),
+        "parity_cuda": lambda: parity(session, "cuda"),
+        "sanitize_cuda": lambda: sanitize(session, "cuda"),
+        "parity_triton": lambda: parity(session, "triton"),
         **{name: functools.partial(timed, session, name) for name in TIMED},
-        "memcheck": lambda _: sanitize(session, "memcheck"),
-        "racecheck": lambda _: sanitize(session, "racecheck"),
-        "ncu": lambda _: counters(session),
+        "sanitize_triton": lambda: sanitize(session, "triton"),
+        "ncu": lambda: counters(session),
     }
 
 
@@ -259,7 +379,7 @@ def main(
         str | None, typer.Option(help="What is measured, where there is no git repository.")
     ] = None,
 ) -> None:
-    """Parity, times against the targets, and profile of the Triton kernels on this GPU."""
+    """Parity, sanitizers, times against the targets, and profile of the kernels on this GPU."""
     if not dry_run and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device is visible; a CPU can do --dry-run")
     scratch = Path(tempfile.mkdtemp(prefix="gpu-session-"))
@@ -270,11 +390,11 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     session = Session(folder / f"gpu-{name}.json", out or scratch, dry_run, deadline)
-    plan, failed = _plan(session, commit), set[str]()
+    plan = _plan(session, commit)
     if unknown := set(step or ()) - set(plan):
         raise typer.BadParameter(f"no step {sorted(unknown)}; there are {[*plan]}")
     for name in step or plan:
-        plan[name](failed)
+        plan[name]()
     session.result["targets"] = targets(session.result)
     session.save()
     show(console, session.result)
@@ -283,7 +403,7 @@ def main(
         lines = ",\n".join(json.dumps(m) for m in measured(session.result))
         (folder / "measured.json").write_text(f"[\n{lines}\n]\n")
     console.print(f"results in {session.out}, logs in {session.logs}", soft_wrap=True)
-    if failed:
+    if session.failed:
         raise typer.Exit(1)
 
 

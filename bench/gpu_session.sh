@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Parity, times and profile of the Triton kernels on one NVIDIA GPU, in under 10 minutes:
+# Parity, sanitizers, times and profile of the kernels on one NVIDIA GPU, in under 10 minutes:
 #   bench/gpu_session.sh              results in $OUT, or in bench/results
-#   bench/gpu_session.sh --dry-run    the same in miniature on a CPU, under two minutes
+#   bench/gpu_session.sh --dry-run    the same in miniature on a CPU, in a few minutes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}

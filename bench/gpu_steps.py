@@ -1,8 +1,9 @@
 """The steps of a GPU session that need the device, each in a process of its own.
 
-``python -m bench.gpu_steps STEP OUT`` writes what it finds to the JSON file OUT as it goes, so that
-a step that is stopped loses only what it had not finished. Before an op is timed, its results are
-compared with the reference on the kind of inputs that are timed; see :mod:`bench.gpu` for what a
+``python -m bench.gpu_steps STEP OUT BACKEND...`` writes what it finds to the JSON file OUT as it
+goes, so that a step that is stopped loses only what it had not finished. Before a backend is timed,
+its results are compared with the reference on the kind of inputs that are timed; one that is wrong
+there, or does not serve them, is left out and the results say so. See :mod:`bench.gpu` for what a
 session is made of.
 """
 
@@ -12,7 +13,11 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,23 +28,27 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bench import providers
-from bench.cases import Case, Step
+from bench.cases import Case
 from bench.gpu_clock import Stopwatch
 from bench.measure import Functions
-from mal_kernels import MemoryState, ops
-from mal_kernels.testing import make_inputs
+from mal_kernels import BackendUnavailable, MemoryState, ops
+from mal_kernels.ops._backend import CUDA_OPS, TRITON_OPS
+from mal_kernels.testing import Inputs, make_inputs
 
 # relative RMS error against the reference, which computes in float32 whatever the inputs
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+OPS = {"triton": TRITON_OPS, "cuda": CUDA_OPS}
 TURN, AUDIO_HEADS, HOST_WIDTH = 112, 4, 4096  # tokens of a turn, heads, hidden size of a host
 
 
 @dataclass
 class Bench:
-    """Where a step runs, how large, and where its results go."""
+    """Where a step runs, with which backends, how large, and where its results go."""
 
     out: Path
     device: str = "cuda"
+    backends: Sequence[str] = (*OPS,)
+    ops: Sequence[str] = ()  # those to exercise; all if empty
 
     def __post_init__(self) -> None:
         self.results: dict[str, Any] = {}
@@ -56,6 +65,29 @@ class Bench:
         scratch = self.out.with_suffix(".part")
         scratch.write_text(json.dumps(self.results))
         scratch.replace(self.out)
+
+    def add(self, name: str, field: str, key: str, value: Any) -> None:
+        """Adds to a dictionary in the entry ``name``."""
+        found = self.results.get(name, {}).get(field, {})
+        self.record(name, **{field: found | {key: value}})
+
+    def right(self, name: str, check: Callable[[str], float]) -> list[str]:
+        """The backends that serve a case and agree there with the reference.
+
+        ``check`` gives a backend's error, or raises. The entry ``name`` says what was found: an
+        error each, why one cannot serve (``unable``), or how one is wrong (``wrong``).
+        """
+        found = []
+        for backend in self.backends:
+            try:
+                self.add(name, "relative_error", backend, check(backend))
+            except BackendUnavailable as error:
+                self.add(name, "unable", backend, str(error))
+            except AssertionError as error:
+                self.add(name, "wrong", backend, str(error))
+            else:
+                found.append(backend)
+        return found
 
     def case(self, name: str, **sizes: int) -> Case:
         """A shape of the causal layer with D=64, E=256 and chunks of 64; tiny in a dry run."""
@@ -95,11 +127,15 @@ def ceilings(bench: Bench) -> None:
 
 
 class DeviceWorkload(providers.Workload):
-    """A case on the device, tokens in ``dtype``, with any implementation of the op."""
+    """A case on the device, tokens in ``dtype``, with any implementation of the op.
+
+    In the place of the leaves that the op does not take (``unused``) stand the keys, so that all
+    have a gradient.
+    """
 
     def __init__(
-        self, op: providers.Op, case: Case, bench: Bench,
-        dtype: torch.dtype,
+        self, op: providers.Op, case: Case, bench: Bench, dtype: torch.dtype,
+        unused: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.op, leaves = op, case.leaves("token")
         dtypes = [dtype] * 3 + [torch.float32] * (len(leaves) - 3)
@@ -108,6 +144,8 @@ class DeviceWorkload(providers.Workload):
             for x, d in zip(leaves, dtypes, strict=True)
         ]
         self.output_grad = torch.randn_like(self.leaves[0])
+        for i in unused:
+            self.leaves[i] = self.leaves[1]
 
 
 def layer(case: Case, backend: str) -> providers.Op:
@@ -118,6 +156,29 @@ def layer(case: Case, backend: str) -> providers.Op:
         return out.output, out.state
 
     return op
+
+
+def ungated(case: Case, backend: str) -> providers.Op:
+    """Likewise without momentum and decay."""
+    op = layer(case, backend)
+    return lambda *given: op(*given[:4], None, None, given[6])
+
+
+def writer(case: Case, backend: str) -> providers.Op:
+    """The write alone: the surprise of every token is the output."""
+
+    def op(*arguments: Any) -> tuple[Tensor, MemoryState]:
+        new, surprise = ops.memory_update(
+            *arguments[1:], chunk_size=case.chunk_size, backend=backend
+        )
+        return surprise.unsqueeze(-1), new
+
+    return op
+
+
+Build = Callable[[Case, str], providers.Op]
+# of leaves: what these do not take
+UNUSED: dict[Build, Sequence[int]] = {layer: (), ungated: (4, 5), writer: (0,)}
 
 
 def compiled_closed_form(bench: Bench, case: Case) -> providers.Op:
@@ -131,87 +192,109 @@ def compiled_closed_form(bench: Bench, case: Case) -> providers.Op:
     return autocast
 
 
-def check_layer(bench: Bench, case: Case, dtype: torch.dtype) -> float:
-    """Output, state and gradients of a few chunks of the case, Triton against the reference."""
+def check_layer(backend: str, *, bench: Bench, case: Case, build: Build) -> float:
+    """Output, state and, where there is a backward, gradients of a few chunks of the case."""
     short = replace(case, batch=min(case.batch, 8), tokens=min(case.tokens, 5 * case.chunk_size))
     found = []
-    for backend in ("triton", "reference"):
-        work = DeviceWorkload(layer(short, backend), short, bench, dtype)
+    for name in (backend, "reference"):
+        work = DeviceWorkload(build(short, name), short, bench, torch.bfloat16, UNUSED[build])
         torch.manual_seed(1)
-        work.output_grad = bench.randn(*work.output_grad.shape, dtype=dtype)
+        work.output_grad = bench.randn(*work.output_grad.shape, dtype=torch.bfloat16)
         with torch.no_grad():
             output, state = work.run()
-        found.append([output, *state.tensors(), *work.forward_backward()])
-    return assert_close("neural_memory", list(zip(*found, strict=True)), dtype)
+        found.append([output, *state.tensors()])
+        with suppress(BackendUnavailable):
+            found[-1] += work.forward_backward()
+    return assert_close(case.name, list(zip(*found, strict=False)), torch.bfloat16)
 
 
 def time_layer(
     bench: Bench,
     case: Case,
-    step: Step,
-    works: Mapping[str, providers.Workload],
-    dtype: torch.dtype,
+    others: Mapping[str, providers.Workload] | None = None,
+    build: Build = layer,
 ) -> None:
-    """Forward, then forward and backward, then peak memory, of every provider that can run it."""
+    """The backends that are right and ``others``: forward, then forward and backward, in turns."""
+    check = functools.partial(check_layer, bench=bench, case=case, build=build)
+    works: dict[str, providers.Workload] = {
+        name: DeviceWorkload(build(case, name), case, bench, torch.bfloat16, UNUSED[build])
+        for name in bench.right(case.name, check)
+    }
+    works.update(others or {})
     bench.record(
         case.name,
-        op="neural_memory",
-        dtype=str(dtype),
+        op="memory_update" if build is writer else "neural_memory",
+        dtype=str(torch.bfloat16),
         features=case.head_dim,
         tokens=case.batch * case.tokens,
         shape=asdict(case),
-        forward_tflop=case.flops(step) / 1e12,
+        # a write of token steps has as many products as write and read of chunk steps
+        forward_tflop=case.flops("chunk" if build is writer else "token") / 1e12,
     )
-    able = {n: w for n, w in works.items() if _runs(bench, case.name, n, w.forward_backward)}
-    forward = bench.watch.in_turns({n: w.forward for n, w in able.items()})
-    bench.record(case.name, forward_ms=forward)
-    both = bench.watch.in_turns({n: w.forward_backward for n, w in able.items()})
-    bench.record(case.name, forward_backward_ms=both)
-    peaks = {n: bench.watch.peak_bytes(w.forward_backward) for n, w in able.items()}
-    bench.record(case.name, peak_bytes=peaks)
+    for kind in ("forward", "forward_backward"):
+        able = _able(bench, case.name, {n: getattr(w, kind) for n, w in works.items()})
+        bench.record(case.name, **{f"{kind}_ms": bench.watch.in_turns(able)})
+        peaks = {n: bench.watch.peak_bytes(f) for n, f in able.items()}
+        bench.record(case.name, peak_bytes=peaks)  # in the end those with a backward
 
 
-def _runs(bench: Bench, case: str, provider: str, function: Callable[[], object]) -> bool:
-    """Whether it fits the memory; if not, the results say so."""
-    try:
-        function()
-        return True
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        unable = bench.results[case].get("unable", {})
-        bench.record(case, unable=unable | {provider: "out of memory"})
-        return False
+def _able(bench: Bench, case: str, functions: Functions) -> dict[str, Callable[[], object]]:
+    """Those that can run; of the others the results say why not."""
+    able = {}
+    for name, function in functions.items():
+        try:
+            function()
+            able[name] = function
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            bench.add(case, "unable", name, "out of memory")
+        except BackendUnavailable as error:
+            bench.add(case, "unable", name, str(error))
+    return able
 
 
 def train(bench: Bench) -> None:
-    """The training shape of the targets: 256 heads in all, 4096 tokens."""
-    case = bench.case("train", batch=64, tokens=4096)
-    bench.record("train", relative_error=check_layer(bench, case, torch.bfloat16))
-    works = {
-        name: DeviceWorkload(layer(case, name), case, bench, torch.bfloat16)
-        for name in ("triton", "reference")
-    }
-    time_layer(bench, case, "token", works, torch.bfloat16)
+    """The training shape of the targets: two heads for each of 132 multiprocessors, 4096 tokens."""
+    _train(bench, "train", layer)
+
+
+def train_writes(bench: Bench) -> None:
+    """The same, written and not read."""
+    _train(bench, "train writes", writer)
+
+
+def _train(bench: Bench, name: str, build: Build) -> None:
+    case = bench.case(name, batch=66, tokens=4096)
+    op = build(case, "reference")
+    reference = DeviceWorkload(op, case, bench, torch.bfloat16, UNUSED[build])
+    time_layer(bench, case, {"reference": reference}, build)
     states = 2 * 4 * case.batch * case.heads * 2 * case.head_dim * case.hidden_dim
-    bench.record("train", saved_state_bytes=case.tokens // case.chunk_size * states)
+    bench.record(name, saved_state_bytes=case.tokens // case.chunk_size * states)
+
+
+def one_dialogue(bench: Bench) -> None:
+    """Few heads: 8, of one row of 2048 tokens."""
+    time_layer(bench, bench.case("one dialogue", batch=1, heads=8, tokens=2048))
+
+
+def no_gates(bench: Bench) -> None:
+    """Without momentum and decay, as the TTT-MLP of ThunderKittens computes."""
+    time_layer(bench, bench.case("no gates", batch=1, heads=48, tokens=8192), build=ungated)
 
 
 def closed_form(bench: Bench) -> None:
     """Against plain PyTorch, its chunk compiled."""
     case = bench.case("closed form", batch=64, tokens=1024)
-    bench.record("closed form", relative_error=check_layer(bench, case, torch.bfloat16))
     torch.set_default_device(bench.device)
-    works = {
-        "triton": DeviceWorkload(layer(case, "triton"), case, bench, torch.bfloat16),
-        "torch.compile": DeviceWorkload(
-            compiled_closed_form(bench, case), case, bench, torch.bfloat16
-        ),
-    }
+    theirs, reference = (
+        DeviceWorkload(op, case, bench, torch.bfloat16)
+        for op in (compiled_closed_form(bench, case), layer(case, "reference"))
+    )
     with torch.no_grad():
-        ours, theirs = (work.run()[0] for work in works.values())
-    error = assert_close("closed form", [(theirs, ours)], torch.bfloat16)
+        pairs = [(theirs.run()[0], reference.run()[0])]
+    error = assert_close("torch.compile", pairs, torch.bfloat16)
     bench.record("closed form", disagreement=error)
-    time_layer(bench, case, "token", works, torch.bfloat16)
+    time_layer(bench, case, {"torch.compile": theirs})
 
 
 def peer(bench: Bench) -> None:
@@ -227,17 +310,15 @@ def peer(bench: Bench) -> None:
     ).to(bench.device)
     short = replace(case, batch=1, tokens=2 * case.chunk_size)
     a, b = (
-        DeviceWorkload(op, short, bench, torch.float32) for op in (layer(short, "triton"), theirs)
+        DeviceWorkload(op, short, bench, torch.float32)
+        for op in (layer(short, "reference"), theirs)
     )
     b.output_grad = a.output_grad
     bench.record("peer", agreement=providers.agreement(a, b))
     torch.set_float32_matmul_precision("high")
     bench.record("peer", float32_matmuls="TF32", titans_pytorch_dtype="torch.float32")
-    works = {
-        "triton": DeviceWorkload(layer(case, "triton"), case, bench, torch.bfloat16),
-        "titans-pytorch": DeviceWorkload(theirs, case, bench, torch.float32),
-    }
-    time_layer(bench, case, "token", works, torch.bfloat16)
+    work = DeviceWorkload(theirs, case, bench, torch.float32)
+    time_layer(bench, case, {"titans-pytorch": work})
 
 
 # --- a turn of a dialogue, a token of a stream ----------------------------------------------------
@@ -256,6 +337,12 @@ def read(bench: Bench) -> None:
 def write(bench: Bench) -> None:
     """One chunk step, as the adapter writes."""
     _time_turns(bench, "write", "memory_update", _update, _update)
+
+
+def turn(bench: Bench) -> None:
+    """What the adapter does in a turn: the read, then the write, in one graph."""
+    op = "aligned_residual_read, memory_update"
+    _time_turns(bench, "turn", op, _read_and_write, _read_and_write_in_place)
 
 
 def _time_turns(
@@ -299,20 +386,24 @@ def _time_latency(
 ) -> None:  # fmt: skip
     """``checked(backend)`` compared, then ``timed`` under CUDA-graph replay and as it is."""
     with torch.no_grad():
-        pairs = list(zip(checked("triton"), checked("reference"), strict=True))
         bench.record(
             name,
             op=op,
             dtype=str(torch.bfloat16),
             features=tokens.shape[3],
             tokens=tokens.shape[0] * tokens.shape[1],
-            relative_error=assert_close(name, pairs, torch.bfloat16),
         )
-        functions: Functions = {
-            "triton, graph": bench.watch.captured(lambda: timed("triton")),
-            "triton": lambda: timed("triton"),
-            "reference": lambda: timed("reference"),
-        }
+        expected = checked("reference")
+
+        def check(backend: str) -> float:
+            pairs = list(zip(checked(backend), expected, strict=True))
+            return assert_close(name, pairs, torch.bfloat16)
+
+        functions: dict[str, Callable[[], object]] = {}
+        for backend in bench.right(name, check):
+            functions[backend] = functools.partial(timed, backend)
+            functions[f"{backend}, graph"] = bench.watch.captured(functions[backend])
+        functions["reference"] = functools.partial(timed, "reference")
         bench.record(name, forward_ms=bench.watch.in_turns(functions))
 
 
@@ -385,6 +476,14 @@ def _update(
     return [surprise, *new.tensors()]
 
 
+def _read_and_write(backend: str, **given: Any) -> list[Tensor]:
+    return [*_aligned(backend, **given), *_update(backend, **given)]
+
+
+def _read_and_write_in_place(backend: str, **given: Any) -> list[Tensor]:
+    return [*_aligned_in_place(backend, **given), *_update(backend, **given)]
+
+
 # --- the bare scan --------------------------------------------------------------------------------
 
 
@@ -393,17 +492,11 @@ def scan(bench: Bench) -> None:
     shapes = {"scan": (4, 4096, 4, 1024), "long scan": (1, 131072, 4, 64)}
     for name, shape in shapes.items() if bench.is_real else [("scan", (1, 32, 1, 16))]:
         update, gates = bench.randn(*shape), torch.rand(2, *shape[:3], device=bench.device)
-
-        def call(
-            backend: str, update: Tensor = update, gates: Tensor = gates
-        ) -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return ops.momentum_scan(update, *gates, backend=backend)
-
-        pairs = list(zip(call("triton"), call("reference"), strict=True))
-        error = assert_close(name, pairs, torch.float32)
-        backends = ("triton", "reference")
-        ms = bench.watch.in_turns({b: functools.partial(call, b) for b in backends})
+        call = functools.partial(ops.momentum_scan, update, *gates)
+        with torch.no_grad():
+            check = functools.partial(_check_scan, name, call, call(backend="reference"))
+            backends = [*bench.right(name, check), "reference"]
+            ms = bench.watch.in_turns({b: functools.partial(call, backend=b) for b in backends})
         moved = 4 * (3 * update.numel() + gates.numel())
         bench.record(
             name,
@@ -411,11 +504,17 @@ def scan(bench: Bench) -> None:
             dtype=str(torch.float32),
             features=shape[3],
             tokens=shape[0] * shape[1],
-            relative_error=error,
             forward_ms=ms,
             moved_bytes=moved,
-            gigabytes_per_s=moved / ms["triton"]["median"] / 1e6,
+            gigabytes_per_s={b: moved / q["median"] / 1e6 for b, q in ms.items()},
         )
+
+
+def _check_scan(
+    name: str, call: Callable[..., Sequence[Tensor]], expected: Sequence[Tensor], backend: str
+) -> float:
+    pairs = list(zip(call(backend=backend), expected, strict=True))
+    return assert_close(name, pairs, torch.float32)
 
 
 # --- profile, and work for the tools that watch kernels from outside ------------------------------
@@ -423,53 +522,101 @@ def scan(bench: Bench) -> None:
 
 def profile(bench: Bench) -> None:
     """Time by kernel of forward and backward at the training shape, the hottest first."""
-    case = bench.case("profile", batch=64, tokens=1024)
-    work = DeviceWorkload(layer(case, "triton"), case, bench, torch.bfloat16)
-    work.forward_backward()
     kind = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kind.CUDA if bench.is_real else kind.CPU]) as found:
-        work.forward_backward()
-        if bench.is_real:
-            torch.cuda.synchronize()
     field = "self_device_time_total" if bench.is_real else "self_cpu_time_total"
-    spent = {event.key: getattr(event, field) for event in found.key_averages()}
-    order = sorted(spent, key=lambda name: -spent[name])[:12]
-    bench.record("profile", microseconds={name: spent[name] for name in order})
+    for backend, run in _whole_runs(bench, "profile", tokens=1024):
+        with torch.profiler.profile(activities=[kind.CUDA if bench.is_real else kind.CPU]) as found:
+            run()
+            if bench.is_real:
+                torch.cuda.synchronize()
+        spent: Counter[str] = Counter()
+        for event in found.key_averages():
+            spent[kernel_name(event.key)] += getattr(event, field)
+        bench.record("profile", **{backend: dict(spent.most_common(12))})
+
+
+def kernel_name(key: str) -> str:
+    """``write`` for ``void mal::(anonymous namespace)::write<float, 64>(arguments)``."""
+    found = re.search(r"(\w+)[<(]", key.replace("(anonymous namespace)", ""))
+    return found[1] if found else key
 
 
 def hot(bench: Bench) -> None:
     """One forward and backward of few tokens, for ncu."""
-    case = bench.case("hot", batch=64, tokens=256)
-    DeviceWorkload(layer(case, "triton"), case, bench, torch.bfloat16).forward_backward()
+    for _, run in _whole_runs(bench, "hot", tokens=256):
+        run()
+
+
+def _whole_runs(bench: Bench, name: str, tokens: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Forward and backward of every backend, or its forward if it has no backward; run once."""
+    case = bench.case(name, batch=64, tokens=tokens)
+    for backend in bench.backends:
+        work = DeviceWorkload(layer(case, backend), case, bench, torch.bfloat16)
+        run: Callable[[], object] = work.forward_backward
+        try:
+            run()
+        except BackendUnavailable:
+            run = work.forward
+            run()
+        yield backend, run
 
 
 def exercise(bench: Bench) -> None:
-    """Every op forward and backward on small odd shapes, for compute-sanitizer."""
-    for case in (
-        dict(tokens=37, chunk_size=16, residual_norm=True, max_grad_norm=0.5, init=True),
-        dict(lengths=[3, 0, 18], chunk_size=None, step="chunk"),
-        dict(depth=1, tokens=1, chunk_size=16),
-    ):
-        inputs = make_inputs(head_dim=20, hidden=36, heads=1, dtype=torch.float32, **case)
-        inputs = inputs.map(lambda t: t.to(bench.device).requires_grad_())
-        arguments: Any = inputs[:7]
-        options = inputs.options
-        bounds = {n: x.to(bench.device) for n, x in options.items() if n == "cu_seqlens"}
-        out = ops.neural_memory(*arguments, **(options | bounds), backend="triton")
-        same = {n: options[n] for n in ("activation", "residual_norm")} | bounds
-        read = ops.memory_read(inputs.q, out.state, **same, backend="triton")
-        scanned = ops.momentum_scan(inputs.k, inputs.lr, inputs.lr, **bounds, backend="triton")
-        torch.stack([x.sum() for x in (out.output, read, *scanned)]).sum().backward()
-    turn_of_two = _turn(bench, 2)
-    turn_of_two["hidden"].requires_grad_()
-    _aligned("triton", **turn_of_two)[0].sum().backward()
-    bench.record("exercise", finished=True)
+    """Ops forward and, where there is one, backward on small odd shapes, for compute-sanitizer."""
+    for backend in bench.backends:
+        for op in bench.ops or OPS[backend]:
+            for call in _small_calls(bench, op, backend):
+                try:
+                    results = [x for x in call() if x.is_floating_point()]
+                    torch.autograd.backward([x.sum() for x in results if x.requires_grad])
+                except BackendUnavailable:
+                    with torch.no_grad():
+                        call()
+            bench.record("exercise", **{f"{backend} {op}": "finished"})
+
+
+def _small_calls(bench: Bench, op: str, backend: str) -> Iterator[Callable[[], Sequence[Tensor]]]:
+    if op == "aligned_residual_read":
+        given = _turn(bench, 2)
+        given["hidden"].requires_grad_()
+        yield functools.partial(_aligned, backend, **given)
+    elif op == "momentum_scan":
+        for shape in ((2, 37, 2, 20), (1, 9, 1, 520), (1, 600, 1, 1)):
+            update, gate = bench.randn(*shape).requires_grad_(), bench.randn(*shape[:3]).sigmoid()
+            yield functools.partial(ops.momentum_scan, update, gate, gate, backend=backend)
+    else:
+        for case in (
+            dict(tokens=37, chunk_size=16, residual_norm=True, max_grad_norm=0.5, init=True),
+            dict(lengths=[3, 0, 18], chunk_size=None, step="chunk"),
+            dict(tokens=70, hidden=136, chunk_size=None),
+            dict(depth=1, tokens=1, chunk_size=16),
+        ):
+            sizes: Any = dict(head_dim=24, hidden=40, heads=1, dtype=torch.bfloat16)
+            inputs = make_inputs(**(sizes | case))
+            inputs = inputs.map(lambda x: x.to(bench.device).requires_grad_())
+            yield functools.partial(_call_memory, op, backend, inputs)
+
+
+def _call_memory(op: str, backend: str, inputs: Inputs) -> list[Tensor]:
+    options = inputs.options | {"backend": backend}
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = options["cu_seqlens"].to(inputs.q.device)
+    given: Any = inputs[:7]
+    if op == "memory_read":
+        names = {"activation", "residual_norm", "cu_seqlens", "backend"} & set(options)
+        return [ops.memory_read(inputs.q, inputs.state, **{n: options[n] for n in names})]
+    if op == "memory_update":
+        new, surprise = ops.memory_update(*given[1:], **options)
+        return [surprise, *new.tensors()]
+    output, new, surprise = ops.neural_memory(*given, **options)
+    return [output, surprise, *new.tensors()]
 
 
 STEPS = {
     f.__name__: f
     for f in (
-        *(ceilings, train, closed_form, peer, read_hidden, read, write, decode, scan),
+        *(ceilings, train, train_writes, one_dialogue, no_gates, closed_form, peer),
+        *(read_hidden, read, write, turn, decode, scan),
         *(profile, hot, exercise),
     )
 }
@@ -478,13 +625,30 @@ STEPS = {
 def main(
     step: Annotated[str, typer.Argument(help=f"One of {', '.join(STEPS)}.")],
     out: Annotated[Path, typer.Argument(help="JSON file.")],
+    backends: Annotated[list[str] | None, typer.Argument(help="All if left out.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="To exercise; all if left out.")] = None,
 ) -> None:
     """Run one step on the GPU, or with TRITON_INTERPRET=1 a dry run of it on the CPU."""
     device = "cuda"
     if os.environ.get("TRITON_INTERPRET") == "1":
         device = "cpu"
         importlib.import_module("tests.interpreter").install()
-    STEPS[step](Bench(out, device))
+        emulate(out.with_name("libemulated.so"))
+    bench = Bench(out, device, backends or (*OPS,), op or ())
+    STEPS[step](bench)
+    wrong = [f"{name}: {row['wrong']}" for name, row in bench.results.items() if "wrong" in row]
+    if wrong:
+        sys.exit("; ".join(wrong))
+
+
+def emulate(library: Path) -> None:
+    """``backend="cuda"`` serves the CPU from here on, if its emulation was built."""
+    if library.exists():
+        import pytest
+
+        emulation = importlib.import_module("tests.emulation")
+        emulated = emulation.in_process(emulation.cuda.opened(library))
+        emulation.serve(pytest.MonkeyPatch(), emulated)
 
 
 if __name__ == "__main__":

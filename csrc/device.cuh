@@ -45,28 +45,64 @@ MAL_DEVICE T* shared() {
   return reinterpret_cast<T*>(mal_shared_memory);
 }
 
-// Launches `grid` blocks, `cluster` of them in a cluster, with `bytes` of dynamic shared memory.
+// Launches with one attribute, or with none if that is null.
 template <class Arguments>
-int launch(void (*kernel)(Arguments), dim3 grid, dim3 block, size_t bytes, unsigned cluster,
-           void* stream, Arguments arguments) {
+int launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Arguments), dim3 grid, dim3 block,
+                size_t bytes, void* stream, Arguments arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (bytes > 48 * 1024) {
     auto largest = cudaFuncAttributeMaxDynamicSharedMemorySize;
     cudaError_t error = cudaFuncSetAttribute(kernel, largest, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.attrs = attribute;
+  config.numAttrs = attribute ? 1 : 0;
+  bool clusters = attribute && attribute->id == cudaLaunchAttributeClusterDimension;
+  if (clusters && attribute->val.clusterDim.x > 8) {  // not every GPU with clusters has room for it
+    int at_once = 0;
+    auto large = cudaFuncAttributeNonPortableClusterSizeAllowed;
+    cudaError_t error = cudaFuncSetAttribute(kernel, large, 1);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&at_once, kernel, &config);
+    if (error == cudaSuccess && at_once == 0) error = cudaErrorInvalidClusterSize;
+    if (error != cudaSuccess) return error;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+// Launches `grid` blocks, `cluster` of them in a cluster, with `bytes` of dynamic shared memory.
+template <class Arguments>
+int launch(void (*kernel)(Arguments), dim3 grid, dim3 block, size_t bytes, unsigned cluster,
+           void* stream, Arguments arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return launch_with(cluster > 1 ? &attribute : nullptr, kernel, grid, block, bytes, stream,
+                     arguments);
+}
+
+// Launches `blocks` that all run at once and may wait for each other; refused where they are more
+// than the GPU holds.
+template <class Arguments>
+int launch_together(void (*kernel)(Arguments), unsigned blocks, dim3 block, size_t bytes,
+                    void* stream, Arguments arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  return launch_with(&attribute, kernel, {blocks, 1, 1}, block, bytes, stream, arguments);
+}
+
+// Waits for all threads of launch_together(); what they wrote to memory is then seen by all.
+MAL_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// x = index, which the compiler does not see to be the same.
+MAL_DEVICE void reread(unsigned index, int& x) {
+  asm volatile("mov.u32 %0, %1;" : "=r"(x) : "r"(index));
 }
 
 // A cluster of one block needs no hardware for clusters; compiled for sm_80 there is no other.
@@ -96,6 +132,9 @@ MAL_DEVICE T* map_shared(T* p, unsigned rank) {
   return p;
 #endif
 }
+
+// Starts bringing the line of 128 bytes with `p` to L2.
+MAL_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // c[16, 8] += a[16, 16] b[16, 8], in the fragments of PTX's mma.m16n8k16.
 MAL_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {

@@ -58,23 +58,24 @@ struct mal_momentum_scan_bwd_args {
 };
 MAL_API int mal_momentum_scan_bwd(const mal_momentum_scan_bwd_args*);
 
-// The write of the memory: see ops/memory_update.py, whose arguments these are. Layers of a state,
-// float32: first [rows, H, D, E] (null at depth 1), last [rows, H, E, D] (at depth 1 E = D), gain
-// [rows, H, D] (null without residual_norm).
+// Layers of a memory's state, float32: first [rows, H, D, E] (null at depth 1), last [rows, H, E, D]
+// (at depth 1 E = D), gain [rows, H, D] (null without residual_norm).
 struct mal_state {
   float* first;
   float* last;
   float* gain;
 };
 
-struct mal_memory_update_args {
-  int64_t dtype;  // of k and v: MAL_FLOAT16 or MAL_BFLOAT16
+// A call of the memory: see ops/neural_memory.py, whose arguments these are.
+struct mal_memory_call {
+  int64_t dtype;  // of q, k and v: MAL_FLOAT16 or MAL_BFLOAT16
   int64_t rows, T, H, D, E;
   int64_t chunk_size;   // T and it below 2^30
   int64_t chunk_gates;  // of a row, where cu_seqlens is null
   int64_t token_steps;  // else chunk steps
   int64_t activation;   // 0 gelu, 1 gelu_tanh, 2 silu, 3 relu
   double max_grad_norm;       // 0: no bound
+  const void* q;              // [B, T, H, D], or null: no read
   const void* k;              // [B, T, H, D]
   const void* v;              // [B, T, H, D]
   const float* lr;            // [B, T, H]
@@ -86,9 +87,63 @@ struct mal_memory_update_args {
   mal_state weights, trace;
   mal_state anchor;  // given with position
   mal_state init;    // or nulls
+};
+
+// The write of the memory and, with q, its causal read.
+struct mal_memory_update_args {
+  mal_memory_call call;
   mal_state new_weights, new_trace;
   mal_state new_anchor;  // or nulls; left as it is where no row opens its last chunk
-  float* surprise;       // [B, T, H]
+  // the state before every tile of 64 tokens or less, with tiles for rows and a row's first tile in
+  // first_tile [rows]; or nulls
+  mal_state tile_weights, tile_trace;
+  const int64_t* first_tile;
+  void* output;     // [B, T, H, D], with q
+  float* surprise;  // [B, T, H]
   void* stream;
 };
 MAL_API int mal_memory_update(const mal_memory_update_args*);
+
+// Its gradients; those of what is not given are null.
+struct mal_memory_update_bwd_args {
+  mal_memory_call call;  // of the write
+  mal_state tile_weights, tile_trace;  // what the write left there
+  const int64_t* first_tile;
+  const float* d_surprise;  // [B, T, H]
+  mal_state d_new_weights, d_new_trace;
+  mal_state d_new_anchor;  // or nulls
+  void* d_k;  // [B, T, H, D] of dtype
+  void* d_v;
+  float* d_lr;        // [B, T, H]
+  float* d_momentum;  // as momentum; with chunk steps left as it is for rows without tokens
+  float* d_decay;
+  mal_state d_weights, d_trace;
+  mal_state d_anchor;
+  mal_state d_init;  // is added to
+  void* stream;
+};
+MAL_API int mal_memory_update_bwd(const mal_memory_update_bwd_args*);
+
+// The read of audio tokens into the host's hidden states, in place: see
+// ops/aligned_residual_read.py. For at most 128 features a head; D and width are multiples of 8.
+struct mal_aligned_read_args {
+  int64_t dtype;        // of hidden: MAL_FLOAT16 or MAL_BFLOAT16
+  int64_t param_dtype;  // of norm and the matrices: MAL_FLOAT32 or that of hidden
+  int64_t tokens, width, H, D, E;
+  int64_t activation;  // as above
+  int64_t splits;      // parts of a sum over width, 1 to 16
+  int64_t blocks;      // at most, and all of them run at once: one for each multiprocessor
+  void* hidden;        // [any, width]
+  const int64_t* token_index;  // [tokens], rows of hidden
+  const int64_t* state_index;  // [tokens], rows of weights
+  const void* norm;    // [width]
+  const void* w_q;     // [H D, width]
+  const void* w_gate;  // [H D, width]
+  const void* w_out;   // [width, H D]
+  mal_state weights;
+  float* z;        // scratch: [splits, tokens, 2 H D]
+  float* squares;  // scratch: [splits, tokens]
+  void* a;         // scratch: [tokens, H D] of dtype
+  void* stream;
+};
+MAL_API int mal_aligned_read(const mal_aligned_read_args*);

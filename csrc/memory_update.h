@@ -56,6 +56,12 @@ MAL_LAYOUT Place share_of(int thread, int i) {
   return {thread / kSharing, 4 * (thread % kSharing + i / 4 * kSharing) + i % 4};
 }
 
+// The block of a cluster of `blocks` that sums and stores what a token reads: one for all of a warp,
+// whose threads take 32 / kSharing tokens.
+MAL_LAYOUT int block_of(int token, int blocks) {
+  return token * (blocks < kWarps ? blocks : kWarps) / kTokens;
+}
+
 // Tokens of a row from `token` on that make a tile: up to the end of their chunk or of the row.
 MAL_LAYOUT int tile_length(int token, int place_in_chunk, int chunk, int length) {
   int most = kTokens;
@@ -68,7 +74,7 @@ MAL_LAYOUT int tile_length(int token, int place_in_chunk, int chunk, int length)
 MAL_LAYOUT int blocks_for(int64_t hidden, int units) {
   int blocks = 1;
   while (blocks * units < hidden) blocks *= 2;
-  return blocks <= 8 ? blocks : 0;  // a cluster of 8 fits every GPU that has them
+  return blocks <= 16 ? blocks : 0;  // more than 8 do not fit every GPU that has clusters
 }
 
 }  // namespace mal::memory

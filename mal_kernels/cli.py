@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -109,7 +110,7 @@ def bench(context: typer.Context) -> None:
 def doctor(
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="Compile every Triton kernel and show what it costs."),
+        typer.Option("--kernels", help="Compile every kernel and show what it costs."),
     ] = False,
     target: Annotated[
         str, typer.Option(help="What --kernels compiles for: sm_80, sm_90, sm_100 or gfx942.")
@@ -170,6 +171,25 @@ def _show_kernels(console: Console, target: str) -> None:
         for report in aot.reports(one, target):
             numbers = (report.registers, report.spills, report.shared, report.mma)
             table.add_row(report.kernel, report.example, *map(str, numbers))
+    console.print(table)
+    if target.startswith("sm_"):
+        _show_cuda_kernels(console, (int(target[3:]) // 10, 0))
+
+
+def _show_cuda_kernels(console: Console, capability: tuple[int, int]) -> None:
+    """Likewise those of ``csrc/``, where they can be compiled."""
+    from mal_kernels._cuda import build
+
+    target = build.target_of(capability)
+    table = Table("CUDA kernel", "registers", "stack B", "spilled B", title=f"sm_{target}")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            log = build.build([target], Path(folder, build.LIBRARY), ["-Xptxas=-v"])
+    except build.BuildError as error:
+        console.print(f"the CUDA kernels are not shown: {error}", highlight=False)
+        return
+    for cost in sorted(build.costs(log)):
+        table.add_row(cost.kernel, *map(str, (cost.registers, cost.stack, cost.spills)))
     console.print(table)
 
 

@@ -6,7 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "memory_update.h"
+#include "aligned_read.h"
+#include "memory_update_bwd.h"
 #include "momentum_scan.h"
 
 namespace {
@@ -49,6 +50,7 @@ void check_memory() {
     int units = units_for(features);
     check_product(kTokens, features);
     check_product(kTokens, units);
+    check_product(kTokens, kTokens);
     check_product(features, units);
     check_product(units, features);
     Owners copies, shares;
@@ -83,20 +85,34 @@ void check_memory() {
     }
     expect_once(rows, 16, 16, "a fragment is not loaded");
   }
+  for (int blocks = 1; blocks <= 16; blocks *= 2)
+    for (int token = 0; token < kTokens; token++) {
+      int block = block_of(token, blocks);
+      expect(block >= 0 && block < blocks, "no block stores a token", token);
+      bool same = block == block_of(token / 8 * 8, blocks);
+      expect(same, "a part of a warp stores its tokens", token);
+    }
   expect(blocks_for(1, 64) == 1 && blocks_for(65, 64) == 2 && blocks_for(512, 64) == 8, "blocks", 0);
-  expect(blocks_for(513, 64) == 0, "more blocks than a cluster has", 513);
+  expect(blocks_for(513, 64) == 16 && blocks_for(512, 32) == 16, "blocks of a large cluster", 0);
+  expect(blocks_for(1025, 64) == 0, "more blocks than a cluster has", 1025);
 }
 
-// Tiles of a row, one after the other, are its tokens, and none spans two chunks.
+// Tiles of a row, one after the other, are its tokens, and none spans two chunks; and the backward
+// takes the same ones from the last to the first.
 void check_tiles(int length, int start, int chunk) {
-  int token = 0, place = start;
+  int token = 0, place = start, tiles = 0, of_chunk = 0;
   while (token < length) {
     int count = mal::memory::tile_length(token, place, chunk, length);
+    auto back = mal::memory::last_tile(token + count, start, chunk);
+    expect(back.token == token && back.count == count, "a tile from behind", token);
+    expect(back.chunk == (start + token) / chunk && back.index == of_chunk, "its place", token);
+    tiles++, of_chunk = (place + count) % chunk ? of_chunk + 1 : 0;
     bool ok = count > 0 && count <= mal::memory::kTokens && place + count <= chunk;
     expect(ok && token + count <= length, "a tile", token);
     if (!ok) return;
     token += count, place = (place + count) % chunk;
   }
+  expect(tiles == mal::memory::tiles_of_row(length, start, chunk), "tiles of a row", length);
 }
 
 void check_scan(int64_t features, int64_t tokens, int each) {
@@ -128,11 +144,86 @@ void check_scan(int64_t features, int64_t tokens, int each) {
   expect(places.size() == static_cast<size_t>(shape.blocks * 6), "places", features);
 }
 
+// A tile of a projection, a slab of its operands and the numbers of a token, among the threads.
+void check_aligned_tiles() {
+  using namespace mal::aligned;
+  using mal::memory::accumulator_of;
+  Owners product, shares, fragment;
+  for (int thread = 0; thread < kThreads; thread++) {
+    Place part = part_of(thread / 32);
+    for (int i = 0; i < 16; i++) {
+      Place p = accumulator_of(thread % 32, i % 4);
+      product[{part.row + i / 8 * 16 + p.row, part.column + i / 4 % 2 * 8 + p.column}]++;
+    }
+    for (int i = 0; i < kFeatures / kSharing; i++) {
+      Place p = share_of(thread, i);
+      shares[{p.row, p.column}]++;
+      expect(p.row == thread / kSharing, "a thread reads two tokens", thread);
+      expect(i % 4 == p.column % 4, "four numbers are not next to each other", i);
+    }
+  }
+  expect_once(product, kRows, kColumns, "a projection is not shared out");
+  expect_once(shares, kTokens, kFeatures, "a head is not shared out");
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 4; i++)
+      fragment[{pair_of(lane).row, pair_of(lane).column + i / 2 * 8 + i % 2}]++;
+  expect_once(fragment, 8, 16, "a fragment of b is not loaded");
+  for (int numbers : {4, 8}) {  // in 16 bytes
+    Owners copies;
+    for (int thread = 0; thread < kThreads; thread++)
+      for (int i = 0; i < kRows * kDepth / numbers / kThreads; i++)
+        for (int j = 0; j < numbers; j++) {
+          Place p = copy_of(thread, i, numbers);
+          copies[{p.row, p.column + j}]++;
+        }
+    expect_once(copies, kRows, kDepth, "a slab is not copied");
+    // the lanes that load their pairs of b at once, 128 bytes in all, meet different banks
+    int words = numbers == 4 ? 1 : 2;  // numbers of 4 bytes
+    std::set<int> banks;
+    for (int lane = 0; lane < 16 * words; lane++)
+      for (int j = 0; j < 2; j += words)
+        banks.insert((pair_of(lane).row * (kDepth + kPad) + pair_of(lane).column + j) / words % 32);
+    expect(banks.size() == 32, "a pair of b meets a bank twice", numbers);
+  }
+}
+
+// The items of every stage are all there is to do, and the parts of a sum the whole of it.
+void check_aligned_items(int tokens, int width, int heads, int dim, int splits) {
+  using namespace mal::aligned;
+  Stages stages = stages_of(tokens, width, heads, dim, splits);
+  int tiles = tiles_of(tokens, kRows), groups = tiles_of(tokens, kTokens);
+  int columns = tiles_of(heads * dim, kColumns), slabs = tiles_of(width, kDepth);
+  expect(tiles * kRows >= tokens && groups * kTokens >= tokens, "tokens without a tile", tokens);
+  expect(columns * kColumns >= heads * dim && slabs * kDepth >= width, "columns", width);
+  auto count = [](int64_t items, int of_tiles, int of_columns) {
+    std::set<std::vector<int>> seen;
+    for (int index = 0; index < items; index++) {
+      Item item = item_of(index, of_tiles, of_columns);
+      expect(item.tile < of_tiles && item.column < of_columns, "an item", index);
+      seen.insert({item.tile, item.column, item.split});
+    }
+    return static_cast<int>(seen.size());
+  };
+  expect(count(stages.projections, tiles, 2 * columns) == tiles * 2 * columns * splits, "parts", 0);
+  expect(count(stages.reads, groups, heads) == groups * heads, "reads", heads);
+  expect(count(stages.additions, tiles, slabs) == tiles * slabs, "additions", width);
+  expect(first_slab(0, splits, slabs) == 0, "the first slab", splits);
+  expect(first_slab(splits, splits, slabs) == slabs, "the last slab", splits);
+  for (int split = 0; split < splits; split++) {
+    int many = first_slab(split + 1, splits, slabs) - first_slab(split, splits, slabs);
+    expect(many == slabs / splits || many == slabs / splits + 1, "unequal parts", split);
+  }
+}
+
 }  // namespace
 
 int main() {
   check_memory();
-  for (int length : {1, 63, 64, 65, 200})
+  check_aligned_tiles();
+  for (int tokens : {1, 16, 17, 64, 65, 375})
+    for (int width : {8, 64, 72, 4096})
+      for (int splits : {1, 3, 16}) check_aligned_items(tokens, width, 3, 40, splits);
+  for (int length : {0, 1, 63, 64, 65, 200})
     for (int chunk : {1, 16, 64, 100, 1000})
       for (int start : {0, 1, chunk - 1}) check_tiles(length, start % chunk, chunk);
   for (int64_t features : {1, 7, 16, 17, 64, 511, 512, 513, 8192})

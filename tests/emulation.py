@@ -13,19 +13,22 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from mal_kernels._cuda import aligned_residual_read
 from mal_kernels._cuda import library as cuda
 from mal_kernels._cuda.build import source_folder, sources
 from mal_kernels.ops import _backend
 
 COMPILER = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DMAL_EMULATE"]
 COMPILER += ["-Wno-unknown-pragmas", "-Wno-missing-field-initializers"]
+# what the op calls before a kernel; linked with it, but not watched
+RUNS_FIRST = {"memory_update_bwd.cu": ["memory_update.cu"]}
 # the first report is enough; short histories, as a thread does little between two barriers
 OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1:history_size=2", "ASAN_OPTIONS": "detect_leaks=0"}
 
@@ -50,13 +53,22 @@ def compiled(source: Path, out: Path, *flags: str) -> Path:
     return out
 
 
-def library(folder: Path) -> ctypes.CDLL:
-    """Every kernel, emulated."""
-    files = [*sources(), source_folder() / "emu/emulation.cpp"]
-    objects = [compiled(f, folder / f"{f.name}.o", "-fPIC") for f in files]
+def library(folder: Path, *names: str) -> ctypes.CDLL:
+    """The kernels of these files of ``csrc/``, by default of all, emulated."""
+    wanted = {*names, "library.cu"} if names else {s.name for s in sources()}
+    return cuda.opened(linked(folder, [s for s in sources() if s.name in wanted]))
+
+
+def linked(folder: Path, files: Sequence[Path], csrc: Path | None = None) -> Path:
+    """A library of ``files``, emulated by what stands in ``csrc``."""
+    csrc = csrc or source_folder()
+    objects = [
+        compiled(f, folder / f"{f.name}.o", "-fPIC", f"-I{csrc}")
+        for f in (*files, csrc / "emu/emulation.cpp")
+    ]
     out = folder / "libemulated.so"
     subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(out)], check=True)
-    return cuda.opened(out)
+    return out
 
 
 def program(folder: Path, source: str, sanitizer: str, bug: tuple[str, str] | None = None) -> Path:
@@ -83,7 +95,11 @@ def program(folder: Path, source: str, sanitizer: str, bug: tuple[str, str] | No
         code.write_text(text.replace(*bug))
     kernel = compiled(code, folder / f"{code.stem}_{sanitizer}.o", flag, "-O0", f"-I{csrc}")
     out = folder / f"{code.stem}_{sanitizer}"
-    objects = map(str, (kernel, replay, runtime))
+    others = [folder / f"{name}.o" for name in RUNS_FIRST.get(source, ())]
+    for other in others:
+        if not other.exists():
+            compiled(csrc / other.stem, other)
+    objects = map(str, (kernel, replay, runtime, *others))
     subprocess.run(["g++", flag, "-rdynamic", *objects, "-o", str(out)], check=True)
     return out
 
@@ -92,6 +108,26 @@ def serve(monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
     """From here on ``backend="cuda"`` serves the CPU by ``launch``."""
     monkeypatch.setattr(_backend, "_no_cuda", lambda _: None)
     monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(aligned_residual_read, "multiprocessors", lambda _: 2)
+
+
+def devices(*names: str) -> Callable[..., torch.device]:
+    """The fixture ``device`` of a test module: where its kernels run.
+
+    On the CPU those of :func:`library` run, built when first wanted.
+    """
+    emulated: list[ctypes.CDLL] = []
+
+    @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def device(request, monkeypatch, tmp_path_factory):
+        if request.param == "cpu":
+            needs_compiler()
+            if not emulated:
+                emulated.append(library(tmp_path_factory.mktemp("emulated"), *names))
+            serve(monkeypatch, in_process(emulated[0]))
+        return torch.device(request.param)
+
+    return device
 
 
 def in_process(emulated: ctypes.CDLL) -> Launch:

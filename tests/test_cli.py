@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mal_kernels import ops
+from mal_kernels._cuda import build
 from mal_kernels.cli import app
 
 
@@ -40,6 +41,13 @@ def test_doctor_compiles_the_kernels(monkeypatch):
 
     few = SimpleNamespace(EXAMPLES=dict([*decode.EXAMPLES.items()][:1]))
     monkeypatch.setattr(aot, "kernel_modules", lambda: {"decode": few})
+    log = (
+        "ptxas info    : Compiling entry function 'void mal::scan::(anonymous namespace)::"
+        "forward<float>(mal_momentum_scan_fwd_args)' for 'sm_80'\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 126 registers, used 1 barriers\n"
+    )
+    monkeypatch.setattr(build, "build", lambda targets, *_: log if targets == ["80"] else "")
     result = invoke("doctor", "--kernels", "--target", "sm_80")
     assert result.exit_code == 0
     (report,) = aot.reports(few, "sm_80")
@@ -47,6 +55,8 @@ def test_doctor_compiles_the_kernels(monkeypatch):
     cells = [cell.strip() for cell in line.strip("│").split("│")]
     numbers = [report.registers, report.spills, report.shared, report.mma]
     assert cells == [report.kernel, report.example, *map(str, numbers)]
+    (line,) = [line for line in result.output.splitlines() if "scan::forward<float>" in line]
+    assert line.strip("│").replace("│", " ").split() == ["scan::forward<float>", "126", "8", "20"]
 
 
 @pytest.mark.parametrize(

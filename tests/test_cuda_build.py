@@ -154,7 +154,9 @@ def structs():
     def fields(body):
         for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([\w, ]+);", body):
             for name in names.split(", "):
-                if kind == "mal_state":
+                if kind == "mal_memory_call":
+                    yield from fields(bodies[kind])
+                elif kind == "mal_state":
                     yield from (f"{name}_{part}" for part in fields(bodies[kind]))
                 else:
                     assert star or kind in ("int64_t", "double"), f"{name} is not 8 bytes wide"
@@ -173,7 +175,12 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
     monkeypatch.setattr(
         library, "launch", lambda function, device, **fields: passed.update({function: [*fields]})
     )
-    from mal_kernels._cuda import momentum_scan, neural_memory
+    from mal_kernels._cuda import (
+        aligned_residual_read,
+        momentum_scan,
+        neural_memory,
+        neural_memory_backward,
+    )
 
     x, gate = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
     inputs = (x, gate, gate, [x[:, 0], x[:, 0]], None)
@@ -181,15 +188,20 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
     momentum_scan.scan_bwd(x, x, x, x, *inputs)
     state = [torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 5, 4)]
     x = x.half()
-    given = (x, x, gate, gate, gate, state, state, [], [], None, None, 8, "token", "relu")
+    given = (x, x, x, gate, gate, gate, state, state, [], [], None, None, 8, "token", "relu")
     neural_memory.memory_fwd(*given, False, None, keeps=False)
+    neural_memory_backward.memory_bwd(gate, state, state, [], *given[1:], False, None)
+    monkeypatch.setattr(aligned_residual_read, "multiprocessors", lambda _: 132)
+    index = torch.zeros(2, dtype=torch.int64)
+    aligned_residual_read.aligned_fwd(x[0], index, index, state, [x] * 4, "relu", False)
     assert {name: [*fields, "stream"] for name, fields in passed.items()} == structs()
 
 
 # --- with nvcc ------------------------------------------------------------------------------------
 
 # registers that a thread may have, by kernel, for the GPU that the kernels were written for
-REGISTERS = {"forward": 128, "backward": 168, "write": 255}
+REGISTERS = {"forward": 128, "backward": 168, "aligned_read": 160}
+REGISTERS |= {"memory_forward": 255, "memory_backward": 255}
 
 
 def has_nvcc():
@@ -208,36 +220,19 @@ needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="nvcc or ninja is not ins
 def compiled(tmp_path_factory):
     """The library for all targets, and what ptxas said."""
     out = tmp_path_factory.mktemp("cuda") / "libmal_kernels.so"
-    lines = []
-    patch = pytest.MonkeyPatch()
-    run = subprocess.run
-    patch.setattr(build, "_run", lambda c: collect(run(c, capture_output=True, text=True), lines))
-    build.build(build.TARGETS, out, ["-Xptxas=-v", *build.GATE])
-    patch.undo()
-    return out, "".join(lines)
-
-
-def collect(done, lines):
-    lines.append(done.stdout)
-    return done.stdout if done.returncode else None
+    return out, build.build(build.TARGETS, out, ["-Xptxas=-v", *build.GATE])
 
 
 @needs_nvcc
 def test_compiles_for_every_target_without_spills(compiled):
     # the gate has failed the build if a kernel spills; this reads what else ptxas says
-    found = re.findall(
-        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers",
-        compiled[1],
-        re.DOTALL,
-    )
-    assert {target for _, target, *_ in found} == set(build.TARGETS)
-    for name, target, stack, stores, loads, registers in found:
-        assert (stack, stores, loads) == ("0", "0", "0"), (name, target)
-        if target == "90a":
-            budget = next(most for part, most in REGISTERS.items() if f"{len(part)}{part}" in name)
-            assert int(registers) <= budget, (name, registers)
+    found = build.costs(compiled[1])
+    assert {cost.target for cost in found} == set(build.TARGETS)
+    for cost in found:
+        assert (cost.stack, cost.spills) == (0, 0), cost
+        if cost.target == "90a":
+            name = cost.kernel.split("<")[0].split("::")[-1]
+            assert cost.registers <= REGISTERS[name], cost
 
 
 @needs_nvcc

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from emulation import COMPILER, Refused, in_program, needs_compiler, program, serve
-from test_cuda_ops import scan, scan_tensors, values_and_gradients, write_inputs, written
+from test_cuda_aligned_read import cuda, turn
+from test_cuda_backward import gradient_inputs, write_on
+from test_cuda_ops import called, memory_inputs, scan, scan_tensors, values_and_gradients, written
 
 from mal_kernels import ops
 from mal_kernels._cuda.build import source_folder
+from mal_kernels.testing import results
 
 needs_compiler()
 
@@ -28,11 +32,20 @@ def run_scan(**case):
 # small, and every way through the kernel: several groups in time and warps, blocks, ragged rows
 SCANS = [dict(features=(65,), lengths=[3, 0, 40], heads=1), dict(features=(520,), tokens=9)]
 # two blocks of a cluster, two tiles of a chunk, every optional step
-WRITE = dict(tokens=70, heads=1, hidden=128, chunk_size=None, step="chunk", max_grad_norm=0.5)
-WRITE |= dict(init=True, residual_norm=True)
+MEMORY = dict(heads=1, hidden=128, init=True, residual_norm=True)
+WRITE = MEMORY | dict(tokens=70, chunk_size=None, step="chunk", max_grad_norm=0.5)
+READ = MEMORY | dict(tokens=70, chunk_size=68)
 CASES = {
     "momentum_scan.cu": lambda: [run_scan(**case) for case in SCANS],
-    "memory_update.cu": lambda: [written(ops.memory_update, write_inputs(**WRITE), backend="cuda")],
+    "memory_update.cu": lambda: [
+        written(ops.memory_update, memory_inputs(**WRITE), backend="cuda"),
+        called(ops.neural_memory, memory_inputs(**READ), backend="cuda"),
+    ],
+    "memory_update_bwd.cu": lambda: [
+        results(write_on("cpu"), gradient_inputs(**WRITE)),
+    ],
+    # two blocks; parts of a sum, more slabs than are alive and items than blocks, several states
+    "aligned_read.cu": lambda: [cuda(turn(tokens=17, heads=1, width=392, splits=2), "cpu")],
 }
 
 
@@ -74,7 +87,38 @@ BUGS = {
     "the cluster is not waited for": (
         "memory_update.cu",
         "thread",
-        ("      cluster_sync();  // h W2, of every block\n", "      __syncthreads();\n"),
+        ("    cluster_sync();  // h W2, of every block\n", "    __syncthreads();\n"),
+        "data race",
+    ),
+    "one stage does not wait for another": (
+        "aligned_read.cu",
+        "thread",
+        ("    grid_sync();  // z\n", "    __syncthreads();\n"),
+        "data race",
+    ),
+    "a slab is overwritten that is being read": (
+        "aligned_read.cu",
+        "thread",
+        ("      __syncthreads();  // the slab is there; the one before has been read\n",
+         "      __syncwarp();\n"),
+        "data race",
+    ),
+    "sums of tokens that do not exist are written": (
+        "aligned_read.cu",
+        "address",
+        ("if (thread % 4 == 0 && token + thread / 4 < a.tokens)", "if (thread % 4 == 0)"),
+        "heap-buffer-overflow",
+    ),
+    "h W2 is overwritten while others read it": (
+        "memory_update.cu",
+        "thread",
+        ("exchange_norms(turn, a.q)", "exchange_norms(turn, false)"),
+        "data race",
+    ),
+    "dW2 is overwritten by do while it is read": (
+        "memory_update_bwd.cu",
+        "thread",
+        ("    cluster_sync();  // dδ2, of every block; dW2 and dS2 have been read\n", ""),
         "data race",
     ),
     "a copy is not waited for": (
@@ -107,24 +151,37 @@ def test_shared_memory_starts_as_nan(folder, monkeypatch):
 
 LAYOUT_BUGS = {
     "as it is": None,
-    "warps": ("16 * (warp % groups)", "16 * (warp / groups)"),
-    "ldmatrix": ("Place{lane % 16, 8 * (lane / 16)}", "Place{lane % 8, 8 * (lane / 8)}"),
-    "padding": ("kPad = 8", "kPad = 0"),
+    "warps": ("memory_update.h", "16 * (warp % groups)", "16 * (warp / groups)"),
+    "ldmatrix": (
+        "memory_update.h",
+        "Place{lane % 16, 8 * (lane / 16)}",
+        "Place{lane % 8, 8 * (lane / 8)}",
+    ),
+    "padding": ("memory_update.h", "kPad = 8", "kPad = 0"),
+    "half a warp": ("memory_update.h", "(blocks < kWarps ? blocks : kWarps)", "blocks"),
+    "tiles from behind": (
+        "memory_update_bwd.h",
+        "(start + end - 1) / chunk",
+        "(start + end) / chunk",
+    ),
+    "parts of a sum": ("aligned_read.h", "slabs * split / splits", "slabs / splits * split"),
+    "shares of a head": ("aligned_read.h", "i / 4 * kSharing", "i / 4 * kTokens / 2"),
 }
 
 
 @pytest.mark.parametrize("bug", LAYOUT_BUGS)
 def test_every_number_has_one_owner(bug, folder):
     # the index arithmetic alone; a change of it is found
-    header = (source_folder() / "memory_update.h").read_text()
-    if LAYOUT_BUGS[bug]:
-        assert header.count(LAYOUT_BUGS[bug][0]) == 1
-        header = header.replace(*LAYOUT_BUGS[bug])
     place = folder / bug.replace(" ", "-")
     place.mkdir()
-    (place / "memory_update.h").write_text(header)
+    for header in source_folder().glob("*.h"):
+        shutil.copy(header, place)
+    if LAYOUT_BUGS[bug]:
+        name, *edit = LAYOUT_BUGS[bug]
+        text = (place / name).read_text()
+        assert text.count(edit[0]) == 1
+        (place / name).write_text(text.replace(*edit))
     test, out = Path(__file__).parent / "cuda_layout.cpp", place / "layout"
-    includes = [f"-I{place}", f"-I{source_folder()}"]
-    subprocess.run([*COMPILER, *includes, str(test), "-o", str(out)], check=True)
+    subprocess.run([*COMPILER, f"-I{place}", str(test), "-o", str(out)], check=True)
     done = subprocess.run([out], capture_output=True, text=True)
     assert (done.returncode == 0) == (LAYOUT_BUGS[bug] is None), done.stdout

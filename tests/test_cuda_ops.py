@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from emulation import in_process, library, needs_compiler, serve
+from emulation import devices
 
 from mal_kernels import BackendUnavailable, MemoryState, ops, reference
+from mal_kernels._cuda import neural_memory
 from mal_kernels.testing import assert_within_budget, low_precision, make_inputs
 
 
@@ -15,18 +18,7 @@ def every_case_and_dtype(cases, dtypes, few):
     return [(case, dtypes[0]) for case in cases] + [(c, d) for d in dtypes[1:] for c in few]
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return library(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where the kernels run; on the CPU they are emulated."""
-    if request.param == "cpu":
-        needs_compiler()
-        serve(monkeypatch, in_process(request.getfixturevalue("emulated")))
-    return torch.device(request.param)
+device = devices("momentum_scan.cu", "memory_update.cu")
 
 
 def values_and_gradients(function, tensors):
@@ -126,9 +118,9 @@ def test_momentum_scan_of_unaligned_memory(device):
         torch.testing.assert_close(x, y)
 
 
-# --- memory_update --------------------------------------------------------------------------------
+# --- neural_memory and memory_update --------------------------------------------------------------
 
-WRITES = {
+CASES = {
     "chunk steps": dict(chunk_size=16, step="chunk"),
     "token steps": dict(chunk_size=16),
     "a turn: two tiles, clip, init": dict(
@@ -147,14 +139,17 @@ WRITES = {
     "ragged, inside a chunk": dict(
         lengths=[5, 0, 70], head_dim=16, hidden=24, chunk_size=32, position=True, activation="relu"
     ),
-    "inside a chunk, norm": dict(chunk_size=100, position=True, residual_norm=True, batch=2),
+    "inside a chunk, norm, init": dict(
+        chunk_size=100, position=True, residual_norm=True, batch=2, init=True
+    ),
     "linear": dict(depth=1, chunk_size=32),
     "linear, norm, clip": dict(
         depth=1, head_dim=40, chunk_size=32, residual_norm=True, max_grad_norm=0.5
     ),
     "128 features, four blocks": dict(
-        tokens=70, heads=1, head_dim=128, hidden=100, chunk_size=64, activation="gelu_tanh"
+        tokens=70, heads=1, head_dim=128, hidden=100, chunk_size=100, activation="gelu_tanh"
     ),
+    "16 blocks": dict(tokens=6, heads=1, head_dim=128, hidden=500, residual_norm=True),
     "linear, 128 features": dict(
         tokens=70, heads=1, head_dim=128, depth=1, chunk_size=64, step="chunk"
     ),
@@ -164,16 +159,21 @@ WRITES = {
 }  # fmt: skip
 
 
-def write_inputs(dtype=torch.bfloat16, **case):
+def memory_inputs(dtype=torch.bfloat16, **case):
     sizes = dict(tokens=40, batch=1, heads=2, head_dim=64, hidden=64)
     return make_inputs(**(sizes | case), dtype=dtype)
 
 
 def written(function, inputs, device="cpu", **more):
     """What a write returns, by name, on the CPU; an anchor where it will be read."""
-    _, *given, options = inputs
-    moved = [None if x is None else x.to(device) for x in given[:5]]
-    state = given[5].map(lambda x: x.to(device))
+    return called(lambda q, *rest, **options: function(*rest, **options), inputs, device, **more)
+
+
+def called(function, inputs, device="cpu", **more):
+    """Likewise of the layer, with what it reads."""
+    *given, state, options = inputs
+    moved = [None if x is None else x.to(device) for x in given]
+    state = state.map(lambda x: x.to(device))
     options = {
         name: x.to(device) if isinstance(x, torch.Tensor)
         else [w.to(device) for w in x] if name == "init" and x else x
@@ -182,6 +182,8 @@ def written(function, inputs, device="cpu", **more):
     with torch.no_grad():
         out = function(*moved, state, **options, **more)
     named = {"surprise": out.surprise}
+    if isinstance(out, reference.NeuralMemoryOutput):
+        named["output"] = out.output
     for field in ("weights", "momentum", "anchor"):
         for i, w in enumerate(getattr(out.state, field) or ()):
             named[f"{field}[{i}]"] = w if field != "anchor" else w[out.state.position > 0]
@@ -190,57 +192,97 @@ def written(function, inputs, device="cpu", **more):
     return {name: x.cpu() for name, x in named.items()}
 
 
-def golden_write(k, *rest, **options):
-    return reference.recurrence(k, k, *rest, **options)
-
-
-def twin_write(*given, **options):
-    return reference.neural_memory(None, *given, **options)
-
-
 @pytest.mark.parametrize(
     ("case", "dtype"),
     every_case_and_dtype(
-        WRITES,
+        CASES,
         [torch.bfloat16, torch.float16],
         ["token steps", "norm, clip, odd sizes", "128 features, four blocks"],
     ),
 )
-def test_memory_update(case, dtype, device):
-    inputs = write_inputs(dtype, **WRITES[case])
-    actual = written(ops.memory_update, inputs, device, backend="cuda")
-    golden = written(golden_write, inputs.to(torch.float64))
+def test_neural_memory_and_memory_update(case, dtype, device):
+    inputs = memory_inputs(dtype, **CASES[case])
+    actual = called(ops.neural_memory, inputs, device, backend="cuda")
+    golden = called(reference.recurrence, inputs.to(torch.float64))
     with low_precision(dtype):
-        twin = written(twin_write, inputs.to(torch.float32))
+        twin = called(reference.neural_memory, inputs.to(torch.float32))
     assert actual.keys() == golden.keys()
     for name, x in actual.items():
         assert_within_budget(name, x, golden[name], twin=twin[name], dtype=dtype)
+    # to the bit, whether it reads or not
+    for name, x in written(ops.memory_update, inputs, device, backend="cuda").items():
+        assert torch.equal(x, actual[name]), name
 
 
-def test_a_write_of_several_calls_is_that_of_one(device):
-    # the same tiles: the state goes through memory between them, and nothing is lost
-    inputs = write_inputs(tokens=96, chunk_size=32, heads=1)
-    whole = written(ops.memory_update, inputs, device, backend="cuda")
-    _, *tokens, state, options = inputs
-    with torch.no_grad():
-        for part in (slice(0, 32), slice(32, 96)):
-            given = [x[:, part].to(device) for x in tokens]
+def parts_of(inputs, *marks):
+    """The arguments cut along T before each of ``marks``, without the state."""
+    *tokens, _, options = inputs
+    marks = (0, *marks, tokens[0].shape[1])
+    return [([x[:, a:b] for x in tokens], options) for a, b in pairwise(marks)]
+
+
+@pytest.mark.parametrize("marks", [(64, 128), (1, 40, 101)])
+def test_a_stream_cut_anywhere_is_the_whole(marks, device):
+    inputs = memory_inputs(tokens=130, chunk_size=128, heads=1, residual_norm=True)
+    whole = called(ops.neural_memory, inputs, device, backend="cuda")
+    state, outputs = inputs.state, []
+    for tokens, options in parts_of(inputs, *marks):
+        with torch.no_grad():
+            given = [x.to(device) for x in tokens]
             state = state.map(lambda x: x.to(device))
-            state = ops.memory_update(*given, state, **options, backend="cuda").state
-    for i, w in enumerate(state.weights):
-        assert torch.equal(w.cpu(), whole[f"weights[{i}]"])
+            out = ops.neural_memory(*given, state, **options, backend="cuda")
+        state = out.state
+        outputs.append(out.output.cpu())
+    parts = {"output": torch.cat(outputs, 1), "weights[0]": state.weights[0].cpu()}
+    if marks == (64, 128):  # the same tiles: the state goes through memory and nothing is lost
+        assert all(torch.equal(x, whole[name]) for name, x in parts.items())
+        return
+    golden = called(reference.recurrence, inputs.to(torch.float64))
+    for name, x in parts.items():
+        twin = whole[name]  # within the budget of Tier 1, as the whole is
+        assert_within_budget(name, x, golden[name], twin=twin, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("step", ["token", "chunk"])
+def test_what_comes_later_changes_no_output(step, device):
+    # from the seventh token of a chunk's second tile on
+    inputs = memory_inputs(tokens=140, chunk_size=130, heads=1, step=step, max_grad_norm=1.0)
+    before = called(ops.neural_memory, inputs, device, backend="cuda")["output"]
+    for x in inputs[:4]:
+        x[:, 70:] = x[:, 70:].flip(1)
+    after = called(ops.neural_memory, inputs, device, backend="cuda")["output"]
+    assert torch.equal(before[:, :70], after[:, :70])
+    assert not torch.equal(before[:, 70], after[:, 70])
+
+
+def test_states_before_tiles(device):
+    # four tiles, in the slots from 1 on; a chunk ends after the third
+    inputs = memory_inputs(tokens=140, chunk_size=130, heads=1, residual_norm=True)
+    given = inputs.map(lambda x: x.to(device))
+    tiles = [[w.new_full((6, *w.shape[1:]), 7.0) for w in x] for x in given.state[:2]]
+    states = [*map(list, given.state[:2]), [], [], None, None]
+    first = torch.ones(1, dtype=torch.int64, device=device)
+    options = inputs.options.values()
+    neural_memory.memory_fwd(*given[:6], *states, *options, keeps=True, tiles=(*tiles, first))
+    for slot, tokens in [(1, 0), (2, 64), (3, 128), (4, 130)]:
+        cut = [x[:, :tokens] for x in inputs[:6]]
+        before = written(ops.memory_update, (*cut, *inputs[6:]), device, backend="cuda")
+        for i, (w, trace) in enumerate(zip(*tiles, strict=True)):
+            assert torch.equal(w[slot].cpu(), before[f"weights[{i}]"][0])
+            assert torch.equal(trace[slot].cpu(), before[f"momentum[{i}]"][0])
+    assert all((w[[0, 5]] == 7).all() for x in tiles for w in x)
 
 
 def test_the_same_bits_twice(device):
-    inputs = write_inputs(tokens=70, hidden=128, chunk_size=32, max_grad_norm=0.5)
-    first, second = (written(ops.memory_update, inputs, device, backend="cuda") for _ in range(2))
+    inputs = memory_inputs(tokens=70, hidden=128, chunk_size=32, max_grad_norm=0.5)
+    first, second = (called(ops.neural_memory, inputs, device, backend="cuda") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 UNSERVED = {
     "float32": (dict(dtype=torch.float32), "takes float16 and bfloat16 tokens, not torch.float32"),
     "features": (dict(head_dim=20), "not depth 2, 20 features, 64 units"),
-    "width": (dict(head_dim=128, hidden=257), "up to 256 hidden units; not"),
+    "width": (dict(head_dim=128, hidden=513), "up to 512 hidden units; not"),
     "depth": (dict(depth=3), "not depth 3"),
 }
 
@@ -249,16 +291,16 @@ UNSERVED = {
 def test_writes_that_the_kernel_cannot_serve_are_refused(case, device):
     sizes, message = UNSERVED[case]
     with pytest.raises(BackendUnavailable, match=message):
-        written(ops.memory_update, write_inputs(**sizes), device, backend="cuda")
+        written(ops.memory_update, memory_inputs(**sizes), device, backend="cuda")
 
 
-def test_a_write_that_wants_gradients_is_refused(device):
-    _, *given, options = write_inputs()
-    given[0].requires_grad_()
+def test_a_read_that_wants_gradients_is_refused(device):
+    *given, options = memory_inputs()
+    given[1].requires_grad_()  # k
     with pytest.raises(BackendUnavailable, match="no backward yet"):
-        ops.memory_update(
-            *(x if x is None else x.to(device) for x in given[:5]),
-            given[5].map(lambda x: x.to(device)),
+        ops.neural_memory(
+            *(x.to(device) for x in given[:6]),
+            given[6].map(lambda x: x.to(device)),
             **options,
             backend="cuda",
         )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu, gpu_report
+from bench import gpu, gpu_report, gpu_steps
 from mal_kernels.ops import _backend
 
 
@@ -28,7 +28,7 @@ def python(code: str) -> list[str]:
 
 
 def test_a_dry_run_measures_in_miniature_and_says_so(tmp_path):
-    steps = ("environment", "read", "memcheck", "ncu")
+    steps = ("environment", "read", "ncu")
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
     command += [word for step in steps for word in ("--step", step)]
     done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
@@ -39,7 +39,7 @@ def test_a_dry_run_measures_in_miniature_and_says_so(tmp_path):
     assert result["steps"]["read"]["status"] == "passed"
     row = result["timings"]["read ×1"]
     assert set(row["forward_ms"]) == {"triton, graph", "triton", "reference"}
-    assert row["relative_error"] < 1e-2
+    assert row["relative_error"]["triton"] < 1e-2
     assert all(target["met"] is None for target in result["targets"])
     assert not (tmp_path / "measured.json").exists()
     assert "read ×1" in done.stdout
@@ -65,26 +65,100 @@ def test_how_a_step_ends(session):
     assert [*json.loads(session.out.read_text())["steps"]] == ["fine", "wrong", "slow", "late"]
 
 
-def test_what_a_stopped_step_had_found_is_kept(session, monkeypatch):
-    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{}'); 1 / 0"
-    found = '{"read ×1": {"op": "memory_read"}}'
-    monkeypatch.setattr(gpu, "PYTHON", sys.executable)
+def steps(session, code: str) -> None:
+    """Runs ``code`` in the place of every step; argument 1 is the results' file, 2 the backends."""
     stock = session.run
-    session.run = lambda step, command, limit: stock(
-        step, [*python(code.replace("'{}'", repr(found))), command[-1]], limit
-    )
-    session.result["timings"] = {}
-    gpu.timed(session, "read", set())
+
+    def run(step, command, limit):
+        out, *backends = command[command.index("bench.gpu_steps") + 2 :]
+        return stock(step, [*python(code), out, *backends], limit)
+
+    session.run = run
+
+
+WRITE = "import sys, pathlib, json; pathlib.Path(sys.argv[1]).write_text(json.dumps({}));"
+
+
+def test_what_a_stopped_step_had_found_is_kept(session):
+    row = {"read ×1": {"op": "memory_read"}}
+    steps(session, WRITE.format(row) + "1 / 0")
+    gpu.timed(session, "read")
     assert "ZeroDivisionError" in session.result["steps"]["read"]["status"]
-    assert session.result["timings"] == {"read ×1": {"op": "memory_read"}}
+    assert session.result["timings"] == row
 
 
 def test_an_op_that_is_wrong_is_not_timed(session):
-    gpu.timed(session, "write", {"memory_update"})
-    assert (
-        session.result["steps"]["write"]["status"]
-        == "skipped: parity tests of memory_update failed"
-    )
+    steps(session, WRITE.format("{'found': {'backends': sys.argv[2:]}}"))
+    session.fail("triton", ["memory_update"])
+    gpu.timed(session, "write")
+    skipped = session.result["steps"]["write triton"]["status"]
+    assert skipped == "skipped: memory_update failed before"
+    assert session.result["timings"]["found"]["backends"] == ["cuda"]
+    session.fail("cuda", ["memory_update"])
+    gpu.timed(session, "turn")
+    assert "turn" not in session.result["steps"]
+    assert session.result["failed"] == ["cuda memory_update", "triton memory_update"]
+
+
+def test_what_is_wrong_where_it_is_timed_is_not_timed_again(session):
+    steps(session, WRITE.format({"scan": {"wrong": {"cuda": "error 1"}}}) + "sys.exit('wrong')")
+    gpu.timed(session, "scan")
+    assert session.failed == {("cuda", "momentum_scan")}
+    assert [*session.result["steps"]] == ["scan"]
+
+
+def test_a_crash_costs_the_cuda_kernels_alone(session):
+    code = "import sys; assert sys.argv[2:] == ['triton'], 'illegal memory access'"
+    steps(session, code)
+    gpu.timed(session, "scan")
+    status = {name: step["status"] for name, step in session.result["steps"].items()}
+    assert status["scan"].endswith("illegal memory access")
+    assert status["scan without cuda"] == "passed"
+    assert session.failed == {("cuda", "momentum_scan")}
+
+
+def test_what_fails_without_them_too_is_not_blamed_on_them(session):
+    steps(session, "1 / 0")
+    gpu.timed(session, "scan")
+    assert [*session.result["steps"]] == ["scan", "scan without cuda"]
+    assert session.failed == set()
+
+
+def test_without_the_library_nothing_of_cuda_is_timed(session, monkeypatch):
+    session.run = lambda *_: "failed: no nvcc"
+    gpu.build(session)
+    assert session.failed == {("cuda", op) for op in _backend.CUDA_OPS}
+    gpu.parity(session, "cuda")
+    gpu.sanitize(session, "cuda")
+    assert all(s["status"].startswith("skipped") for s in session.result["steps"].values())
+
+
+def test_every_op_goes_through_every_sanitizer(session, monkeypatch):
+    session.dry_run = False
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    calls = {}
+
+    def run(step, command, limit, **environment):
+        calls[step] = command
+        assert environment == gpu.NO_CACHE
+        return "failed: 9" if step == "racecheck_cuda_momentum_scan" else "passed"
+
+    session.run = run
+    gpu.sanitize(session, "cuda")
+    names = [*_backend.CUDA_OPS]
+    expected = {f"{tool}_cuda_{op}" for tool in gpu.TOOLS for op in names}
+    assert {*calls} == expected | {f"{tool}_wrappers" for tool in gpu.TOOLS}
+    assert calls["synccheck_wrappers"][-1] == "tests/test_cuda_wrappers.py"
+    assert session.failed == {("cuda", "momentum_scan")}
+
+
+def test_every_op_has_small_calls_and_is_timed(tmp_path):
+    # so that a new one cannot be forgotten
+    bench = gpu_steps.Bench(tmp_path / "out", "cpu")
+    for op in {op for ops in gpu.OPS.values() for op in ops}:
+        assert all(call() for call in gpu_steps._small_calls(bench, op, "reference"))
+        assert any(op in timed for _, timed in gpu.TIMED.values()), op
+    assert {*gpu.TIMED} <= {*gpu_steps.STEPS}
 
 
 def test_outcomes_of_both_of_pytest_s_notations():
@@ -94,11 +168,21 @@ tests/test_triton_neural_memory.py::test_parity[plain] FAILED           [ 2%]
 [gw3] [  3%] PASSED tests/test_triton_ops.py::test_strided_indices
 [gw0] [  4%] ERROR tests/test_triton_ops.py::test_opcheck[momentum_scan x]
 """
-    found = gpu.outcomes(log)
+    found = gpu.outcomes(log, "triton")
     assert found["memory_read"] == {"passed": 2, "failed": []}
     for op in ("neural_memory", "memory_update"):
         assert found[op]["failed"] == ["tests/test_triton_neural_memory.py::test_parity[plain]"]
     assert len(found["momentum_scan"]["failed"]) == 1
+    assert not found["aligned_residual_read"]["failed"]
+    assert gpu.outcomes(log, "cuda").keys() == {*_backend.CUDA_OPS}
+    wrapper = "tests/test_cuda_wrappers.py::test_wrapper[mma bf16-compiled] FAILED"
+    assert all(count["failed"] for count in gpu.outcomes(wrapper, "cuda").values())
+
+
+def test_names_of_kernels():
+    cuda = "void mal::memory::(anonymous namespace)::write<__half, 64>(mal_memory_update_args)"
+    assert gpu_steps.kernel_name(cuda) == "write"
+    assert gpu_steps.kernel_name("write_fwd_kernel") == "write_fwd_kernel"
 
 
 # --- conclusions ----------------------------------------------------------------------------------
@@ -120,27 +204,44 @@ def a_result():
     turn["forward_ms"] = ms(triton=0.02, reference=0.3)
     return {
         "environment": dict(dry_run=False, architecture="sm_90", device="a GPU", commit="abc"),
-        "parity": {op: {"passed": 9, "failed": []} for op in _backend.TRITON_OPS},
-        "ceilings": {"tflops": 800},
+        "parity": {"triton": {op: {"passed": 9, "failed": []} for op in _backend.TRITON_OPS}},
+        "ceilings": {"tflops": 800, "gigabytes_per_s": 4000},
         "timings": {"train": train, "read ×1": turn},
     }
 
 
 def test_targets_are_met_or_missed_by_number():
-    rows = {row["target"]: row for row in gpu_report.targets(a_result())}
-    first = rows["forward, share of the bf16 matmul rate"]
-    assert (first["measured"], first["met"]) == (0.5, True)
-    second = rows["forward+backward, likewise"]
-    assert (second["measured"], second["met"]) == (pytest.approx(0.15), False)
-    assert rows["peak memory over the saved states"]["met"] is False
-    assert rows["write of a turn, µs"]["measured"] is None
+    result = a_result()
+    train = result["timings"]["train"]
+    train["forward_ms"]["cuda"] = {"median": 8}
+    result["timings"]["scan"] = {"gigabytes_per_s": {"cuda": 3400.0, "triton": 1.0}}
+    result["timings"]["turn ×1"] = {"forward_ms": {"cuda, graph": {"median": 0.06}}}
+    rows = {(row["backend"], row["target"]): row for row in gpu_report.targets(result)}
+
+    def found(backend, target):
+        row = rows[backend, target]
+        return row["measured"], row["met"]
+
+    assert found("triton", "forward, share of the bf16 matmul rate") == (0.5, True)
+    assert found("triton", "forward+backward, likewise") == (pytest.approx(0.15), False)
+    assert found("triton", "peak memory over the saved states") == (2, False)
+    assert found("triton", "write of a turn, µs") == (None, None)
+    assert found("cuda", "forward, share of the bf16 matmul rate") == (0.625, True)
+    assert found("cuda", "forward+backward, likewise") == (None, None)
+    assert found("cuda", "scan, share of the copy bandwidth") == (0.85, True)
+    assert found("cuda", "read and write of a turn, µs") == (60, True)
+    result["targets"] = [*rows.values()]
+    train["wrong"] = {"cuda": "error 1"}
+    console = gpu_report.Console(record=True, width=100)
+    gpu_report.show(console, result)
+    assert "error 1" in console.export_text()
 
 
 def test_only_what_is_right_and_faster_is_proposed():
     (entry,) = gpu_report.measured(a_result())
     assert (entry["op"], entry["speedup"]) == ("memory_read", [15.0])
     wrong = a_result()
-    wrong["parity"]["memory_read"]["failed"] = ["a test"]
+    wrong["failed"] = ["triton memory_read"]
     assert gpu_report.measured(wrong) == []
     untested = a_result()
     del untested["parity"]
@@ -189,6 +290,21 @@ def test_auto_follows_committed_results(on_hopper, monkeypatch):
     assert "no committed GPU result" in _backend.explain("memory_read")[1]
 
 
+def test_auto_takes_cuda_where_it_is_faster_than_triton(on_hopper, monkeypatch):
+    pytest.importorskip("triton")
+    result = a_result()
+    ms = result["timings"]["read ×1"]["forward_ms"]
+    result["parity"]["cuda"] = result["parity"]["triton"]
+    ms["cuda"] = {"median": 0.03}
+    assert [entry["backend"] for entry in gpu_report.measured(result)] == ["triton"]
+    ms["cuda"] = {"median": 0.01}
+    monkeypatch.setattr(_backend, "CUDA_OPS", ("memory_read",))
+    monkeypatch.setattr(_backend, "MEASURED", gpu_report.measured(result))
+    assert [entry["backend"] for entry in _backend.MEASURED] == ["triton", "cuda"]
+    assert on_hopper() == "cuda"
+    assert on_hopper(cuda_limit="no backward") == "triton"
+
+
 def test_auto_compiles_whole(on_hopper):
     def function(x):
         return x + (on_hopper(dtype=x.dtype, features=x.shape[1], tokens=x.shape[0]) == "triton")
@@ -206,5 +322,15 @@ def test_the_environment_overrides_results(on_hopper, monkeypatch):
 
 
 def test_what_is_committed_is_complete():
-    keys = {"op", "dtype", "features", "tokens", "architecture", "device", "commit", "speedup"}
+    keys = {
+        "backend",
+        "op",
+        "dtype",
+        "features",
+        "tokens",
+        "architecture",
+        "device",
+        "commit",
+        "speedup",
+    }
     assert all(set(entry) == keys for entry in _backend.MEASURED)

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <deque>
 #include <memory>
+#include <new>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -41,8 +43,15 @@ struct Warp {
   alignas(8) char slots[2][32 * 64];
 };
 
+constexpr std::align_val_t kAlignment{128};  // of shared memory, whose size is as asked for
+
+struct Delete {
+  void operator()(char* p) const { ::operator delete(p, kAlignment); }
+};
+
 struct Block {
-  std::unique_ptr<char[]> memory;
+  std::unique_ptr<char, Delete> memory;
+  size_t bytes;
   Barrier barrier;
   std::deque<Warp> warps;
   unsigned rank;
@@ -147,6 +156,13 @@ bool is_ready(const Fiber& fiber) {
   return !fiber.done && (!fiber.waits_at || fiber.waits_at->round != fiber.round);
 }
 
+[[noreturn]] void fail(const std::string& what) {
+  auto [thread, block, dim, _] = current->position;
+  std::fprintf(stderr, "emulation: thread %u of block %u %s\n",
+               thread.x + dim.x * (thread.y + dim.y * thread.z), block.x, what.c_str());
+  std::abort();
+}
+
 // Every second pass runs the threads in the opposite order.
 void run_all(std::deque<Fiber>& fibers) {
   for (bool forward = true, progress = true; progress; forward = !forward) {
@@ -159,12 +175,10 @@ void run_all(std::deque<Fiber>& fibers) {
       enter(fiber);
     }
   }
-  for (const Fiber& fiber : fibers) {
+  for (Fiber& fiber : fibers) {
     if (fiber.done) continue;
-    auto [thread, block, dim, _] = fiber.position;
-    std::fprintf(stderr, "emulation: thread %u of block %u waits at %s that others never reach\n",
-                 thread.x + dim.x * thread.y, block.x, fiber.waits_at->name);
-    std::abort();
+    current = &fiber;
+    fail(std::string("waits at ") + fiber.waits_at->name + " that others never reach");
   }
 }
 
@@ -176,6 +190,18 @@ unsigned rank() { return current->block->rank; }
 void block_barrier() { wait(current->block->barrier); }
 void warp_barrier() { wait(current->warp->barrier); }
 void cluster_barrier() { wait(current->cluster->barrier); }
+
+void must_be_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) fail("takes 16 bytes at no multiple of 16");
+}
+
+void must_be_shared(const void* p) {
+  must_be_aligned(p);
+  const Block& block = *current->block;
+  auto at = static_cast<const char*>(p) - block.memory.get();
+  if (at < 0 || at + 16 > static_cast<ptrdiff_t>(block.bytes))
+    fail("takes 16 bytes outside its shared memory");
+}
 
 const char* exchange(const void* mine, size_t bytes) {
   Fiber& fiber = *current;
@@ -243,7 +269,8 @@ void run(dim3 grid, dim3 block, size_t bytes, unsigned cluster, const std::funct
     c.barrier = {"a cluster barrier", threads * cluster};
     for (unsigned r = 0; r < cluster; r++) {
       Block& b = c.blocks.emplace_back();
-      b.memory = std::make_unique_for_overwrite<char[]>(bytes);
+      b.bytes = bytes;
+      b.memory.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
       std::memset(b.memory.get(), 0xFF, bytes);
       b.barrier = {"a block barrier", threads};
       b.rank = r;

@@ -6,8 +6,18 @@
 // AddressSanitizer sees every access out of bounds. A barrier that some thread never reaches ends
 // the program with its name.
 //
-// What this cannot show: whether the hardware's instructions are called rightly (each wrapper of
-// ../device.cuh is written here anew), bank conflicts, weak memory order, speed.
+// What this cannot show, and only a GPU can:
+//  * whether ../device.cuh calls the hardware's instructions rightly. Each wrapper is written here
+//    anew; tests/cuda_wrappers.cu holds both to one definition, but a GPU must run the other half.
+//  * memory order weaker than that of a barrier: fences, their scope, the asynchronous proxy.
+//  * threads that really run at once: fibers take turns, and only at barriers. A loop that waits
+//    for another thread's write never ends; the mask of a shuffle is not looked at. A copy arrives
+//    whole, when it is waited for: not early, not in parts, not out of order.
+//  * the last bits: tensor cores sum in another order, expf, erff and tanhf are the host's, and
+//    nvcc contracts a * b + c.
+//  * what fits: registers, spills, blocks and clusters at once on the GPU; a vector load that is
+//    misaligned (copies and matrices are checked).
+//  * speed: bank conflicts, coalescing, occupancy, latency.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -40,6 +50,10 @@ unsigned rank();
 void block_barrier();
 void warp_barrier();
 void cluster_barrier();
+// End the program where the hardware would fault: `p` is not a multiple of 16 bytes; or moreover
+// not in this block's shared memory.
+void must_be_aligned(const void* p);
+void must_be_shared(const void* p);
 // Hands `bytes` (at most 64) of every thread of the warp to all of them: 32 slots of 64 bytes,
 // valid until the warp's next exchange.
 const char* exchange(const void* mine, size_t bytes);
@@ -69,6 +83,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 using std::max;
 using std::min;
+inline float max(float x, float y) { return std::fmax(x, y); }  // of a number and NaN the number
+inline float min(float x, float y) { return std::fmin(x, y); }
 
 namespace mal {
 
@@ -93,18 +109,42 @@ inline bf16 from_float<bf16>(float x) {
   return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};  // to nearest even
 }
 template <>
-inline fp16 from_float<fp16>(float x) { return {static_cast<_Float16>(x)}; }
+inline fp16 from_float<fp16>(float x) {
+  if (x != x) return {std::bit_cast<_Float16>(uint16_t{0x7FFF})};
+  return {static_cast<_Float16>(x)};
+}
 
 template <class T>
 T* shared() { return reinterpret_cast<T*>(emu::shared_memory(emu::rank())); }
 
+// How many such blocks Hopper's 132 multiprocessors hold at once, but for their registers.
+inline unsigned blocks_at_once(dim3 block, size_t bytes) {
+  unsigned threads = block.x * block.y * block.z;
+  if (bytes > 227 * 1024 || threads > 1024) return 0;
+  return 132 * min(2048 / threads, static_cast<unsigned>(228 * 1024 / (bytes + 1024)));
+}
+
 template <class Arguments>
 int launch(void (*kernel)(Arguments), dim3 grid, dim3 block, size_t bytes, unsigned cluster, void*,
            Arguments arguments) {
+  bool refused = !blocks_at_once(block, bytes) || cluster > 16 || grid.x % cluster;
+  if (refused) return 1;  // cudaErrorInvalidValue
   emu::run(grid, block, bytes, cluster, [&] { kernel(arguments); });
   return 0;
 }
 
+// the grid is one cluster
+template <class Arguments>
+int launch_together(void (*kernel)(Arguments), unsigned blocks, dim3 block, size_t bytes, void*,
+                    Arguments arguments) {
+  if (blocks > blocks_at_once(block, bytes)) return 1;
+  if (blocks) emu::run({blocks, 1, 1}, block, bytes, blocks, [&] { kernel(arguments); });
+  return 0;
+}
+inline void grid_sync() { emu::cluster_barrier(); }
+inline void prefetch(const void* p) { *static_cast<const volatile char*>(p); }  // it must exist
+
+inline void reread(unsigned index, int& x) { x = index; }
 inline unsigned cluster_rank() { return emu::rank(); }
 inline void cluster_sync() { emu::cluster_barrier(); }
 template <class T>
@@ -126,6 +166,7 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f
 // Lane l receives elements 2 (l % 4) and the next of row l / 4 of each matrix; transposed, of
 // column l / 4.
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  emu::must_be_shared(row);
   const char* all = emu::exchange(&row, sizeof row);
   unsigned lane = threadIdx.x % 32;
   for (unsigned matrix = 0; matrix < 4; matrix++) {
@@ -135,6 +176,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   }
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emu::must_be_shared(row);
   const char* all = emu::exchange(&row, sizeof row);
   unsigned lane = threadIdx.x % 32;
   for (unsigned matrix = 0; matrix < 4; matrix++) {
@@ -149,6 +191,8 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 
 // The destination is NaN until the copy is waited for.
 inline void copy_async(void* to, const void* from, bool exists) {
+  emu::must_be_shared(to);
+  emu::must_be_aligned(from);
   std::memset(to, 0xFF, 16);
   emu::copy_later(to, from, 16, exists);
 }

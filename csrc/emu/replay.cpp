@@ -1,8 +1,8 @@
 // Runs one recorded call of a function of mal_kernels.h, for a program built with a sanitizer.
 //
 // replay FUNCTION CALL: the file CALL holds little-endian int64 numbers: how many fields the struct
-// has, then for each field its kind and its value: 0, the field itself; or 1, a length in bytes, and
-// that many bytes follow, whose address the field becomes. They are written back in place.
+// has, then for each field its kind and its value: 0, the field itself; or 1, a length in bytes,
+// and that many bytes follow, whose address the field becomes. They are written back in place.
 #include <dlfcn.h>
 
 #include <cstdint>

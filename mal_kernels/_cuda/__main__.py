@@ -23,7 +23,9 @@ def main() -> int:
     try:
         here = [target_of(torch.cuda.get_device_capability(i)) for i in devices]
         targets = sorted(set(options.targets or here or TARGETS))
-        library = build(targets, options.out) if options.out else cached(targets)
+        if options.out:
+            build(targets, options.out)
+        library = options.out or cached(targets)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 TARGETS = ("80", "90a", "100")  # compute capabilities; each also serves later minor ones
 LIBRARY = "libmal_kernels.so"
@@ -94,7 +96,10 @@ def cached(targets: Sequence[str]) -> Path:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / f"{source_hash()}.lock"):
-        return find_cached(targets) or build(targets, _place(targets))
+        if not (found := find_cached(targets)):
+            found = _place(targets)
+            build(targets, found)
+    return found
 
 
 def find_cached(targets: Sequence[str]) -> Path | None:
@@ -134,8 +139,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def build(targets: Sequence[str], library: Path, flags: Sequence[str] = ()) -> Path:
-    """Compiles and links ``library``; progress goes to standard error.
+def build(targets: Sequence[str], library: Path, flags: Sequence[str] = ()) -> str:
+    """Compiles and links ``library``; progress goes to standard error, the log is returned.
 
     Args:
         targets: of :data:`TARGETS`.
@@ -152,21 +157,57 @@ def build(targets: Sequence[str], library: Path, flags: Sequence[str] = ()) -> P
     print(f"mal_kernels: compiling the CUDA kernels for {names} with {nvcc}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         Path(scratch, "build.ninja").write_text(_plan(nvcc, targets, flags))
-        log = _run([ninja, "-C", scratch])
-        if log is not None:
+        failed, log = _run([ninja, "-C", scratch])
+        if failed:
             kept = library.parent / "build.log"
             kept.write_text(log)
             end = "\n".join(log.splitlines()[-20:])
             raise BuildError(f"the CUDA kernels do not compile ({kept}):\n{end}")
         Path(scratch, LIBRARY).replace(library)
-    return library
+    return log
+
+
+class Cost(NamedTuple):
+    """What a thread of a kernel takes; stack and spills in bytes.
+
+    Shared memory is not among it: all of it is asked for at the launch.
+    """
+
+    kernel: str
+    target: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def costs(log: str) -> list[Cost]:
+    """What ptxas says of every kernel in the log of a build with ``-Xptxas=-v``."""
+    if filt := shutil.which("c++filt"):  # of binutils, which nvcc's host compiler needs
+        log = subprocess.run([filt], input=log, check=True, capture_output=True, text=True).stdout
+    found = re.findall(
+        r"Compiling entry function '(.+?)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        log.replace("(anonymous namespace)::", ""),
+        re.DOTALL,
+    )
+    return [
+        Cost(
+            name.split("(")[0].removeprefix("void ").removeprefix("mal::"),
+            *(target, int(registers), int(stack), int(stores) + int(loads)),
+        )
+        for name, target, stack, stores, loads, registers in found
+    ]
+
+
+def architectures(targets: Sequence[str]) -> list[str]:
+    """Flags of nvcc: machine code for each of ``targets``."""
+    return [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
 
 
 def _plan(nvcc: str, targets: Sequence[str], flags: Sequence[str]) -> str:
     """A ninja file: an object of every source, and the library of all."""
-    architectures = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
     define = r"-DMAL_TARGETS=\"" + " ".join(targets) + r"\""
-    options = " ".join([*FLAGS, *architectures, f"'{define}'", *flags])
+    options = " ".join([*FLAGS, *architectures(targets), f"'{define}'", *flags])
     lines = [
         "rule compile",
         f"  command = {nvcc} {options} -c $in -o $out",
@@ -186,8 +227,8 @@ def _escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _run(command: list[str]) -> str | None:
-    """Shows the output line by line; returns it if the command fails."""
+def _run(command: list[str]) -> tuple[int, str]:
+    """Shows progress line by line; returns the exit status and the whole output."""
     environment = os.environ | {"NINJA_STATUS": "  [%f/%t] "}
     lines = []
     with subprocess.Popen(
@@ -197,4 +238,4 @@ def _run(command: list[str]) -> str | None:
             lines.append(line)
             if line.startswith("  ["):
                 print(line, end="", file=sys.stderr, flush=True)
-    return "".join(lines) if process.returncode else None
+    return process.returncode, "".join(lines)

@@ -22,10 +22,11 @@ TRITON_OPS = (
     "momentum_scan",
     "aligned_residual_read",
 )
-CUDA_OPS = ("momentum_scan", "memory_update")
-# GPU results that bench/gpu_session.sh wrote; each was right, and faster than the reference forward
-# and, where measured, backward: op, dtype, features (of a head), tokens (of the whole call),
-# architecture, and for people speedup, device, commit
+CUDA_OPS = ("momentum_scan", "memory_update", "neural_memory", "aligned_residual_read")
+# GPU results that bench/gpu_session.sh wrote; in each a backend was right, and faster than the
+# reference (cuda: than Triton too) forward and, where it has one, backward: backend, op, dtype,
+# features (of a head), tokens (of the whole call), architecture, and for people speedup, device,
+# commit
 MEASURED: list[dict[str, Any]] = json.loads(Path(__file__).with_name("measured.json").read_text())
 
 
@@ -42,8 +43,9 @@ def resolve(
 ) -> str:
     """The implementation that ``backend`` names for ``op``; ``MAL_BACKEND`` overrides ``"auto"``.
 
-    ``auto`` is the reference, but Triton where :data:`MEASURED` holds a result on this architecture
-    for the op, the dtype and a size like this one (:func:`covers`).
+    ``auto`` is the reference, but the CUDA kernels, else Triton, where :data:`MEASURED` holds a
+    result of theirs on this architecture for the op, the dtype and a size like this one
+    (:func:`covers`), and where they can serve the call.
 
     Args:
         backend: one of :data:`BACKENDS`.
@@ -65,9 +67,14 @@ def resolve(
     if backend not in BACKENDS:
         raise ArgumentError(f"{source}: got {backend!r}, expected one of {BACKENDS}")
     if backend == "auto" and device.type == "cuda":
-        found = any(covers(m, dtype, features, tokens) for m in measured_on(op, device))
-        able = triton_limit is None and _no_triton(device) is None
-        backend = "triton" if found and able else "reference"
+        found = measured_on(op, device)
+        proven = {m["backend"] for m in found if covers(m, dtype, features, tokens)}
+        able = {
+            "cuda": cuda_limit or _no_cuda(device),
+            "triton": triton_limit or _no_triton(device),
+        }
+        usable = (b for b, limit in able.items() if b in proven and limit is None)
+        backend = next(usable, "reference")
     if backend not in ("triton", "cuda"):
         return "reference"
     missing: str | None = f"this version has no {backend} kernel for {op}"
@@ -159,8 +166,12 @@ def explain(op: str) -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "reference", "no CUDA device here; no committed result says otherwise for a CPU"
     if found := measured_on(op, torch.device("cuda")):
-        sizes = (f"{m['dtype']} {m['features']} features {m['tokens']} tokens" for m in found)
-        return "triton", f"measured faster near {'; '.join(sizes)}; elsewhere reference"
+        sizes = (
+            f"{m['backend']} {m['dtype']} {m['features']} features {m['tokens']} tokens"
+            for m in found
+        )
+        best = "cuda" if any(m["backend"] == "cuda" for m in found) else "triton"
+        return best, f"measured faster near {'; '.join(sizes)}; elsewhere reference"
     return "reference", "no committed GPU result shows the Triton kernel to be faster"
 
 

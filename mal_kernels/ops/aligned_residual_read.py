@@ -10,6 +10,7 @@ Every other row of ``hidden`` comes back bit for bit. ``3·Dm·H·D + 2·H·D·E
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,10 +44,8 @@ def _forward(
 ) -> Tensor:
     _check_places(hidden, token_index, state_index, weights)
     inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
-    if backend == "triton":
-        from .._triton.aligned_residual_read import aligned_fwd
-
-        return aligned_fwd(*inputs)
+    if launch := _launcher(backend):
+        return launch(*inputs)
     with full_precision(hidden.device):
         return fresh(_read(*inputs))
 
@@ -61,6 +60,17 @@ def _check_places(
         raise ArgumentError(
             "token_index: got the same position twice, expected every audio token once"
         )
+
+
+def _launcher(backend: str) -> Callable[..., Tensor] | None:
+    """What runs the kernels of ``backend``; None for the reference."""
+    if backend == "triton":
+        from .._triton.aligned_residual_read import aligned_fwd
+    elif backend == "cuda":
+        from .._cuda.aligned_residual_read import aligned_fwd
+    else:
+        return None
+    return aligned_fwd
 
 
 def _read(
@@ -98,10 +108,8 @@ def _forward_(
 ) -> None:
     _check_places(hidden, token_index, state_index, weights)
     inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
-    if backend == "triton":
-        from .._triton.aligned_residual_read import aligned_fwd
-
-        aligned_fwd(*inputs, in_place=True)
+    if launch := _launcher(backend):
+        launch(*inputs, in_place=True)
         return
     with full_precision(hidden.device):
         hidden.copy_(_read(*inputs))
@@ -184,7 +192,8 @@ def aligned_residual_read(
             any float dtype; the computation runs in the dtype of the state.
         activation: gelu (erf), gelu_tanh, silu or relu.
         residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"`` (float16 and bfloat16
+            ``hidden``, no gradients).
 
     Returns:
         ``[B, S, Dm]`` in the dtype of ``hidden``; a new tensor.
@@ -207,7 +216,7 @@ def aligned_residual_read(
         tensor([ 1,  2,  9, 10])
     """
     inputs = _checked(*(hidden, token_index, state_index, state, params), activation, residual_norm)
-    return _forward(*inputs, _backend_of(hidden, token_index, state, residual_norm, backend))
+    return _forward(*inputs, _backend_of(inputs, backend))
 
 
 def aligned_residual_read_(
@@ -223,7 +232,8 @@ def aligned_residual_read_(
 ) -> Tensor:
     """:func:`aligned_residual_read` into ``hidden`` itself, for inference.
 
-    The Triton kernels touch the named rows alone: three launches, and no copy of ``hidden``.
+    The kernels touch the named rows alone, in three launches (Triton) or in one (CUDA), and do not
+    copy ``hidden``.
 
     Args:
         hidden: ``[B, S, Dm]``, contiguous; changed.
@@ -264,20 +274,19 @@ def aligned_residual_read_(
         "use aligned_residual_read",
     )
     expect(
-        not (torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(inputs))),
+        not _records_gradients(inputs),
         "hidden",
         "a call that records gradients",
         "inference: what is overwritten cannot be differentiated",
         "use torch.no_grad(), or aligned_residual_read",
     )
-    _forward_(*inputs, _backend_of(hidden, token_index, state, residual_norm, backend))
+    _forward_(*inputs, _backend_of(inputs, backend))
     return hidden
 
 
-def _tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
-    """All float tensors of the operator's arguments."""
+def _records_gradients(inputs: tuple[Any, ...]) -> bool:
     hidden, _, _, weights, params, *_ = inputs
-    return [hidden, *weights, *params]
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *weights, *params))
 
 
 def _checked(
@@ -314,16 +323,32 @@ def _checked(
     return (hidden, token_index, state_index, weights, list(params), activation, residual_norm)
 
 
-def _backend_of(
-    hidden: Tensor, token_index: Tensor, state: MemoryState, residual_norm: bool, backend: str
-) -> str:
-    limit = memory_limit(hidden.dtype, state.weights, residual_norm, linear=128)
+def _backend_of(inputs: tuple[Any, ...], backend: str) -> str:
+    hidden, token_index, _, weights, _, _, residual_norm = inputs
+    limit = memory_limit(hidden.dtype, weights, residual_norm, linear=128)
     return resolve(
         *(backend, "aligned_residual_read", hidden.device, limit),
+        cuda_limit=limit or _cuda_limit(inputs),
         dtype=hidden.dtype,
-        features=state.weights[0].shape[2],
+        features=weights[0].shape[2],
         tokens=len(token_index),
     )
+
+
+def _cuda_limit(inputs: tuple[Any, ...]) -> str | None:
+    """Why the CUDA kernel cannot serve a memory that the Triton kernels serve."""
+    if _records_gradients(inputs):
+        return "the CUDA kernel has no backward yet: call it under torch.no_grad()"
+    hidden, _, _, weights, *_ = inputs
+    if hidden.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernel takes float16 and bfloat16 hidden states, not {hidden.dtype}"
+    width, dim = hidden.shape[2], weights[0].shape[2]
+    if width % 8 or dim % 8:
+        return (
+            "the CUDA kernel serves multiples of 8 features of the host and of a head; "
+            f"not {width} and {dim}"
+        )
+    return None
 
 
 def check_state_index(name: str, index: Tensor, like: Tensor, device: torch.device) -> None:

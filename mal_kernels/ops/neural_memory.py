@@ -76,7 +76,7 @@ def _forward(
         from .._cuda import neural_memory as cuda
 
         return cuda.memory_fwd(
-            k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
+            q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
             chunk_size, step, activation, residual_norm, max_grad_norm,
             keeps=keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step),
         )  # fmt: skip
@@ -166,6 +166,14 @@ def _backward(
             chunk_size, step, activation, residual_norm, max_grad_norm,
         )  # fmt: skip
 
+    if backend == "cuda":
+        from .._cuda import neural_memory_backward as cuda
+
+        return cuda.memory_bwd(
+            d_surprise, d_weights, d_trace, d_anchor,
+            k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
+            chunk_size, step, activation, residual_norm, max_grad_norm,
+        )  # fmt: skip
     state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
     d_state = MemoryState(tuple(d_weights), tuple(d_trace), tuple(d_anchor) or None)
     with full_precision(k.device):
@@ -319,7 +327,7 @@ def neural_memory(
         resolve(
             *(backend, "memory_update" if q is None else "neural_memory", k.device),
             memory_limit(k.dtype, state.weights, residual_norm),
-            cuda_limit=_cuda_limit(k, (v, lr, momentum, decay), state, init, residual_norm),
+            cuda_limit=_cuda_limit(k, (q, v, lr, momentum, decay), state, init, residual_norm),
             dtype=k.dtype,
             features=k.shape[3],
             tokens=k.shape[0] * k.shape[1],
@@ -338,14 +346,15 @@ def _cuda_limit(
     init: Sequence[Tensor] | None,
     residual_norm: bool,
 ) -> str | None:
-    """Why the CUDA kernel of the write cannot serve a call."""
+    """Why the CUDA kernel cannot serve a call."""
     depth, dim, width = len(state.weights) - residual_norm, k.shape[3], state.weights[0].shape[3]
     differentiable = [x for x in (k, *tokens, *state.tensors(), *(init or ())) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
-        return "the CUDA kernel has no backward yet: call it under torch.no_grad()"
+    wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    if tokens[0] is not None and wants_gradients:
+        return "the CUDA kernel of the read has no backward yet: call it under torch.no_grad()"
     if k.dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernel takes float16 and bfloat16 tokens, not {k.dtype}"
-    most = 512 if dim <= 64 else 256
+    most = 1024 if dim <= 64 else 512  # 16 blocks of a cluster
     if depth > 2 or dim % 8 or dim > 128 or width > most:
         return (
             "the CUDA kernel serves depth 1 and 2, a multiple of 8 features up to 128 and, of this "
