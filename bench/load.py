@@ -15,16 +15,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from bench.soak import percentiles, resident_mib
+from bench.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
+from bench.soak import percentiles
 from examples.serve_vllm import CHAT, VLLM, Server, Sidecar
 from mal_kernels import MALAdapter
 from mal_kernels.demo import host as small
@@ -132,16 +133,17 @@ def recordings(dialogues: int, turns: int) -> list[list[str]]:
     return files
 
 
-def chat_request(dialogue: int, turn: int, wav: str) -> dict[str, Any]:
+def chat_request(
+    dialogue: int, turn: int, wav: str, question: str = "How does the speaker feel?"
+) -> dict[str, Any]:
     """One turn, of one of two speakers."""
     audio = {"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}}
-    question = {"type": "text", "text": "How does the speaker feel?"}
     return {
         "model": "qwen2-audio",
         "max_completion_tokens": 8,
         "dialogue": f"call-{dialogue}",
         "speaker": "AB"[turn % 2],
-        "messages": [{"role": "user", "content": [audio, question]}],
+        "messages": [{"role": "user", "content": [audio, {"type": "text", "text": question}]}],
     }
 
 
@@ -157,6 +159,54 @@ def post(port: int, request: Any, path: str = CHAT, method: str = "POST") -> tup
         connection.close()
 
 
+class Talk(NamedTuple):
+    """Answers by dialogue and turn; milliseconds, and MiB after each, as they came."""
+
+    answers: dict[tuple[int, int], Any]
+    times: list[float]
+    resident: list[float]
+    allocated: list[float]
+
+
+def talk(
+    sidecars: Sequence[Sidecar],
+    dialogues: int,
+    turns: int,
+    request: Callable[[int, int], Any],
+    on_turn: Callable[[], object],
+) -> Talk:
+    """All dialogues at once, each turn by another of the sidecars.
+
+    Args:
+        sidecars: each gets a server of its own.
+        dialogues: concurrent callers.
+        turns: of each.
+        request: of a dialogue and a turn.
+        on_turn: called after each turn.
+    """
+    servers = [Server(sidecar, "127.0.0.1", 0) for sidecar in sidecars]
+    done = Talk({}, [], [], [])
+
+    def call(dialogue: int) -> None:
+        for turn in range(turns):
+            port = servers[(dialogue + turn) % len(servers)].server_port
+            start = time.perf_counter()
+            status, answer = post(port, request(dialogue, turn))
+            done.times.append(1000 * (time.perf_counter() - start))
+            if status != 200:
+                raise AssertionError(f"status {status}: {answer}")
+            done.answers[dialogue, turn] = answer
+            done.resident.append(resident_mib())
+            done.allocated.append(allocated_mib())
+            on_turn()
+
+    with ExitStack() as stack, ThreadPoolExecutor(dialogues) as pool:
+        for server in servers:
+            stack.enter_context(running(server))
+        list(pool.map(call, range(dialogues)))
+    return done
+
+
 def load(
     dialogues: int,
     turns: int,
@@ -165,7 +215,7 @@ def load(
     workers: int = 2,
     on_turn: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """All dialogues at once, each turn by another of several sidecars that share a store.
+    """The talk of many dialogues with sidecars that share a store, before a played vLLM.
 
     Args:
         dialogues: concurrent callers.
@@ -178,50 +228,30 @@ def load(
         Latencies, memory, and how many answers are not those of a sidecar alone.
     """
     wavs = recordings(dialogues, turns)
-    times, resident, answers = list[float](), list[float](), dict[tuple[int, int], str]()
+
+    def request(dialogue: int, turn: int) -> dict[str, Any]:
+        return chat_request(dialogue, turn, wavs[dialogue][turn])
+
     played = PlayedVLLM()
     with running(played):
         backing = backing or MemoryStore()
         sidecars = [small_sidecar(played.url, backing) for _ in range(workers)]
         for sidecar in sidecars:
             sidecar.mal.dialogues.max_bytes = CACHE
-        servers = [Server(sidecar, "127.0.0.1", 0) for sidecar in sidecars]
-
-        def call(dialogue: int) -> None:
-            for turn, wav in enumerate(wavs[dialogue]):
-                port = servers[(dialogue + turn) % workers].server_port
-                start = time.perf_counter()
-                status, answer = post(port, chat_request(dialogue, turn, wav))
-                times.append(1000 * (time.perf_counter() - start))
-                if status != 200:
-                    raise AssertionError(f"status {status}: {answer}")
-                answers[dialogue, turn] = answer["choices"][0]["message"]["content"]
-                resident.append(resident_mib())
-                on_turn()
-
-        with running(servers[0]), _all_running(servers[1:]), ThreadPoolExecutor(dialogues) as pool:
-            list(pool.map(call, range(dialogues)))
+        done = talk(sidecars, dialogues, turns, request, on_turn)
+        trimmed = trimmed_mib()
         alone = small_sidecar(played.url, None)
         wrong = 0
-        for (dialogue, turn), answer in sorted(answers.items()):
-            answered = alone.chat(chat_request(dialogue, turn, wavs[dialogue][turn]))
-            wrong += answered["choices"][0]["message"]["content"] != answer
-    fifths = np.array_split(np.array(resident), 5)
+        for dialogue, turn in sorted(done.answers):
+            wrong += alone.chat(request(dialogue, turn)) != done.answers[dialogue, turn]
     return {
         "concurrent_dialogues": dialogues,
-        "turns": len(answers),
+        "turns": len(done.answers),
         "sidecars": workers,
         "cache_mib": CACHE / 2**20,
-        "turn_ms": percentiles(sorted(times)),
-        "resident_mib_by_fifth_of_the_turns": [round(float(x.mean()), 1) for x in fifths],
+        "turn_ms": percentiles(sorted(done.times)),
+        "resident_mib_by_fifth_of_the_turns": by_fifths(done.resident),
+        "allocated_mib_by_fifth_of_the_turns": by_fifths(done.allocated),
+        "resident_mib_after_malloc_trim": round(trimmed, 1),
         "answers_with_another_memory": wrong,
     }
-
-
-@contextmanager
-def _all_running(servers: Sequence[ThreadingHTTPServer]) -> Iterator[None]:
-    if not servers:
-        yield
-        return
-    with running(servers[0]), _all_running(servers[1:]):
-        yield

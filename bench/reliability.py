@@ -1,9 +1,9 @@
 """What happens when things fail, at length: ``python -m bench.reliability``.
 
-Four parts, each in ``bench/results/reliability.json`` with the versions it ran on: ``soak`` and
-``load`` (:mod:`bench.soak`, :mod:`bench.load`), ``fuzz`` (:mod:`bench.fuzz`), and ``drift``, the
-distance of a float32 state from its float64 twin over 100,000 turns. About ten minutes on one core;
-the tests run short versions of all of them.
+Parts, each in ``bench/results/reliability.json`` with the versions it ran on: ``soak`` and
+``memory`` (:mod:`bench.soak`), ``load``, ``fuzz``, ``drift``, the distance of a float32 state from
+its float64 twin over 100,000 turns, and ``vllm`` (:mod:`bench.served`), where a ``vllm`` is on the
+PATH. About half an hour on one core; the tests run short versions of all but the last.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ from rich.progress import (
 
 from bench.fuzz import fuzz
 from bench.load import load
-from bench.soak import soak
+from bench.served import served
+from bench.soak import soak, steady
 from mal_kernels import MemoryState, NeuralMemory, __version__
 from mal_kernels.store import DirectoryStore
 
@@ -122,6 +124,11 @@ def run_soak(report: Report, scale: float) -> dict[str, Any]:
     return soak(max(8, round(200 * scale)), 50, on_progress=report)
 
 
+def run_memory(report: Report, scale: float) -> dict[str, Any]:
+    """10,000 turns of 200 dialogues in one process."""
+    return {"table": steady(max(8, round(200 * scale)), 50, on_progress=report)}
+
+
 def run_load(report: Report, scale: float) -> dict[str, Any]:
     """64 callers of 16 turns, with states in a folder."""
     done = iter(range(1, 10**9))
@@ -147,12 +154,20 @@ def run_drift(report: Report, scale: float) -> dict[str, Any]:
     return drift(round(100_000 * scale), report)
 
 
+def run_vllm(report: Report, scale: float) -> dict[str, Any]:
+    """32 callers of 8 turns before a real server."""
+    done = iter(range(1, 10**9))
+    return served(max(2, round(32 * scale)), 8, on_turn=lambda: report(next(done)))
+
+
 # name: (what, its length)
 PARTS: dict[str, tuple[Callable[[Report, float], dict[str, Any]], int]] = {
     "soak": (run_soak, 10_000),
+    "memory": (run_memory, 10_000),
     "load": (run_load, 1024),
     "fuzz": (run_fuzz, 105_000),
     "drift": (run_drift, 100_000),
+    "vllm": (run_vllm, 256),
 }
 
 
@@ -199,12 +214,14 @@ def main(
     unknown = set(parts or ()) - PARTS.keys()
     if unknown:
         raise typer.BadParameter(f"{sorted(unknown)}; choose of {', '.join(PARTS)}")
+    if not parts and shutil.which("vllm") is None:
+        parts = [name for name in PARTS if name != "vllm"]
+        console.print("vllm is not on the PATH: that part is left out")
     for name in parts or PARTS:
         found = run_part(name, scale)
         results = json.loads(out.read_text()) if out.exists() else {}
         out.write_text(json.dumps({**results, name: found}, indent=1) + "\n")
-        shown = {key: value for key, value in found.items() if key != "worker_mib"}
-        console.print_json(data=shown)
+        console.print_json(data=found)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ dialogues fit into memory. In the end every state must equal that of a run in wh
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 import typer
 
 from bench.echo import Echo, echo_adapter, turn_tokens
+from bench.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
 from mal_kernels import Dialogue, MALAdapter
 from mal_kernels.errors import StoreError
 from mal_kernels.store import DirectoryStore, KeyValueStore
@@ -45,6 +47,10 @@ class Log:
     def write(self, event: str, value: float = 0.0) -> None:
         """One event."""
         os.write(self.descriptor, f"{event} {value:.6f}\n".encode())
+
+    def turns(self) -> int:
+        """How many so far."""
+        return self.path.read_bytes().count(b"turn ")
 
     def read(self) -> list[tuple[str, float]]:
         """All events so far."""
@@ -96,7 +102,12 @@ def in_memory(dialogues: int) -> int:
 
 
 def work(folder: Path, dialogues: int, turns: int, log: Log, seed: int) -> None:
-    """Plays what is missing, in several threads, until all is there."""
+    """Plays what is missing until all is there."""
+    play_all(*failing_adapter(folder, dialogues, log, seed), dialogues, turns, log, seed)
+
+
+def failing_adapter(folder: Path, dialogues: int, log: Log, seed: int) -> tuple[Echo, MALAdapter]:
+    """A host and a store that fail now and then, and an adapter with little room in memory."""
     backing = FailingStore(DirectoryStore(folder), log, seed)
     host, mal = echo_adapter(backing, max_dialogues=in_memory(dialogues))
     faults = random.Random(seed + 1)
@@ -108,6 +119,11 @@ def work(folder: Path, dialogues: int, turns: int, log: Log, seed: int) -> None:
             raise kind("a planted failure")
 
     host.between = maybe_raise
+    return host, mal
+
+
+def play_all(host: Echo, mal: MALAdapter, dialogues: int, turns: int, log: Log, seed: int) -> None:
+    """Plays up to ``turns`` of every dialogue, in several threads, in random order."""
     errors: list[BaseException] = []
 
     def run(mine: Sequence[int], draw: random.Random) -> None:
@@ -171,13 +187,7 @@ def forked(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def resident_mib(process: int | str = "self") -> float:
-    """Memory in use by a process."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def watch(child: int, log: Log, end: int, samples: list[float]) -> int | None:
+def watch(child: int, log: Log, end: int, peaks: list[float]) -> int | None:
     """Waits for the end of a child, or of its time; its exit status, ``None`` if it was killed.
 
     Args:
@@ -185,8 +195,9 @@ def watch(child: int, log: Log, end: int, samples: list[float]) -> int | None:
         log: to which it writes.
         end: length of the log, in bytes, at which the child is killed. What it is doing then is
             a matter of chance, and how far it has come is not one of the speed of the machine.
-        samples: gets its memory in MiB, now and then.
+        peaks: gets the most memory in MiB that it was seen to use.
     """
+    peaks.append(0.0)
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -197,7 +208,7 @@ def watch(child: int, log: Log, end: int, samples: list[float]) -> int | None:
             _, status = os.waitpid(child, 0)
             return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None
         with contextlib.suppress(OSError, IndexError):
-            samples.append(resident_mib(child))
+            peaks[-1] = max(peaks[-1], resident_mib(child))
         time.sleep(0.01)
 
 
@@ -221,16 +232,19 @@ def soak(
     Returns:
         Counts of turns, faults and kills, latencies, memory, and how many states differ.
     """
-    draw, kills, samples = random.Random(seed), 0, list[float]()
+    draw, kills, peaks = random.Random(seed), 0, list[float]()
     play(*echo_adapter(), 0, 0)  # what torch loads at the first call, workers then have
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name) / "calls", Log(Path(name) / "log")
         while True:
             child = forked(partial(work, folder, dialogues, turns, log, draw.randrange(2**31)))
             end = log.path.stat().st_size + EVENT_BYTES * draw.randrange(1, lifetime)
-            status = watch(child, log, end, samples)
-            on_progress(sum(event == "turn" for event, _ in log.read()))
-            check_readable(folder, dialogues)
+            status = watch(child, log, end, peaks)
+            on_progress(log.turns())
+            # in a process of its own: workers are copies of this one, which must not grow
+            _, unreadable = os.waitpid(forked(partial(check_readable, folder, dialogues)), 0)
+            if unreadable:
+                raise AssertionError("a dialogue in the folder cannot be read")
             if status == 0:
                 break
             if status is not None:
@@ -246,9 +260,53 @@ def soak(
         "turns": dialogues * turns,
         "faults": {"kill -9": kills, **dict(sorted(faults.items()))},
         "turn_ms": percentiles(latencies),
-        "worker_mib": [round(x, 1) for x in thin(samples, 50)],
+        "worker_mib_by_fifth_of_the_run": by_fifths(peaks),
         "states_that_differ": differing,
     }
+
+
+def steady(
+    dialogues: int,
+    turns: int,
+    *,
+    marks: int = 10,
+    seed: int = 0,
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> list[dict[str, float]]:
+    """Memory of one process under all faults but kills, after each part of the turns.
+
+    Args:
+        dialogues: how many.
+        turns: of each.
+        marks: parts.
+        seed: of the faults.
+        on_progress: called with the turns done so far.
+
+    Returns:
+        For each part: turns so far; MiB in use, asked of malloc, and in use after it has given back
+        what it can; live tensors, and all objects that the garbage collector knows.
+    """
+    table = []
+    with tempfile.TemporaryDirectory() as name:
+        log = Log(Path(name) / "log")
+        host, mal = failing_adapter(Path(name) / "calls", dialogues, log, seed)
+        for mark in range(1, marks + 1):
+            play_all(host, mal, dialogues, turns * mark // marks, log, seed + mark)
+            gc.collect()
+            objects = gc.get_objects()
+            table.append(
+                {
+                    "turns": dialogues * (turns * mark // marks),
+                    "resident_mib": round(resident_mib(), 1),
+                    "allocated_mib": round(allocated_mib(), 1),
+                    "trimmed_mib": round(trimmed_mib(), 1),
+                    "tensors": sum(issubclass(type(x), torch.Tensor) for x in objects),
+                    "objects": len(objects),
+                }
+            )
+            del objects
+            on_progress(log.turns())
+    return table
 
 
 def check_readable(folder: Path, dialogues: int) -> None:
@@ -283,12 +341,6 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     marks = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     last = len(values) - 1
     return {name: round(values[round(share * last)], 3) for name, share in marks.items()}
-
-
-def thin(values: Sequence[float], most: int) -> Iterator[float]:
-    """At most ``most`` of ``values``, evenly spaced."""
-    stride = max(1, len(values) // most)
-    return iter(values[::stride])
 
 
 def main(dialogues: int = 12, turns: int = 25, lifetime: int = 60, seed: int = 0) -> None:

@@ -42,6 +42,7 @@ from mal_kernels import (
     ArgumentError,
     AudioFileError,
     CheckpointError,
+    HostError,
     HostSpec,
     MALAdapter,
     MALError,
@@ -171,6 +172,7 @@ class Sidecar:
         Raises:
             ArgumentError: the request lacks something, or asks for a stream.
             AudioFileError: its audio cannot be read.
+            HostError: the encoder made embeddings of it that are not finite.
             StoreError: the store failed, or the dialogue has another turn under way.
             UpstreamError: vLLM did not answer.
         """
@@ -205,8 +207,16 @@ def embeds_part(embeds: Tensor, turn: str) -> dict[str, str]:
 
     Its uuid, by which vLLM caches, is a digest of the dialogue, the turn and the embeddings: two
     parts of the same uuid are the same, so that no cache can return another caller's memory.
+
+    Raises:
+        HostError: some are not finite, which vLLM can pass on to other callers in its caches.
     """
     embeds = embeds.detach().cpu().contiguous()
+    if not embeds.isfinite().all():
+        raise HostError(
+            "the audio embeddings of this turn are not all finite, so they were not sent; check "
+            "the weights of the encoder, and its dtype (--device cpu computes in that of the file)."
+        )
     data = io.BytesIO()
     torch.save(embeds.clone(), data)  # a clone: views are saved with all that they are views of
     content = embeds.view(torch.uint8).numpy().tobytes()

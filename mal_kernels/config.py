@@ -15,7 +15,7 @@ LIBRARY, VERSION = "mal_kernels", 1  # stand in every saved config
 MEMORY_SHAPE = ("heads", "head_dim", "expansion", "depth", "activation", "residual_norm")
 MEMORY_FIELDS = (
     *MEMORY_SHAPE,
-    *("max_lr", "lr_init", "momentum_init", "decay_init", "max_grad_norm"),
+    *("max_lr", "lr_init", "momentum_init", "decay_init", "max_grad_norm", "zero_start"),
 )
 
 
@@ -37,6 +37,9 @@ class MALConfig:
         momentum_init: initial momentum η of the writes, in (0, 1).
         decay_init: initial decay α toward the learned initial memory, in (0, 1).
         max_grad_norm: bound of each token's inner gradient; ``None`` for none.
+        zero_start: a memory that nothing was written to reads exactly zero, so that the first turn
+            of a dialogue is the host's bit for bit, also after training: the last layer of the
+            initial memory is zero and is not trained. Not with ``residual_norm``.
         max_state_norm: a turn that would take the Frobenius norm of a head's weights and momentum
             to this bound is not written; ``None`` for none.
         hidden_size: width ``Dm`` of the host; filled in when the adapter is attached.
@@ -63,6 +66,7 @@ class MALConfig:
     momentum_init: float = 0.01
     decay_init: float = 0.01
     max_grad_norm: float | None = 1.0
+    zero_start: bool = False
     max_state_norm: float | None = 1e4
     hidden_size: int | None = None
     base_model_name_or_path: str | None = None
@@ -80,6 +84,8 @@ class MALConfig:
                     "lr_init", f"{self.heads} numbers, one per head, below max_lr={self.max_lr}"
                 )
             self.lr_init = tuple(rates)  # JSON has lists only
+        if self.zero_start and self.residual_norm:
+            self._refuse("zero_start", "False with residual_norm=True, whose read is never zero")
 
     def _refuse(self, name: str, expected: str) -> None:
         raise ArgumentError(f"MALConfig.{name} is {getattr(self, name)!r}; pass {expected}.")
@@ -167,6 +173,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         _or_none(lambda norm: _is_positive(norm) and 1e-18 <= norm <= 1e18),
         "a number from 1e-18 to 1e18, or None for no bound",
     ),
+    "zero_start": (lambda flag: isinstance(flag, bool), "True or False"),
     "max_state_norm": (_or_none(_is_positive), "a positive number, or None for no bound"),
     "hidden_size": (
         _or_none(lambda size: _is_count(size, 2**20)),

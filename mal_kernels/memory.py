@@ -45,11 +45,14 @@ class NeuralMemory(nn.Module):
         momentum_init: initial η.
         decay_init: initial α.
         max_grad_norm: bound of every token's inner gradient norm; None: no bound.
+        zero_start: a memory that nothing was written to reads exactly zero: the last layer of its
+            initial weights is zero and no parameter.
         zero_init_output: start as the identity when the output is added to the hidden states.
         backend: passed to the ops.
 
     Raises:
-        ArgumentError: ``lr_init`` does not fit ``heads`` and ``max_lr``.
+        ArgumentError: ``lr_init`` does not fit ``heads`` and ``max_lr``, or ``zero_start`` is asked
+            of a memory with ``residual_norm``, which reads its input where it knows nothing.
 
     Example:
         >>> import torch
@@ -80,10 +83,16 @@ class NeuralMemory(nn.Module):
         momentum_init: float = 0.01,
         decay_init: float = 0.01,
         max_grad_norm: float | None = 1.0,
+        zero_start: bool = False,
         zero_init_output: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if zero_start and residual_norm:
+            raise ArgumentError(
+                "zero_start: got True with residual_norm=True, whose read is never zero; set one "
+                "of them to False"
+            )
         self.heads, self.head_dim, self.max_lr = heads, head_dim, max_lr
         self.step, self.chunk_size, self.max_grad_norm = step, chunk_size, max_grad_norm
         self.activation, self.residual_norm, self.backend = activation, residual_norm, backend
@@ -98,7 +107,9 @@ class NeuralMemory(nn.Module):
             nn.init.zeros_(self.to_out.weight)
         self.to_rates = nn.Linear(hidden_size, 3 * heads)  # logits of lr, momentum, decay
         self._init_rates(lr_init, momentum_init, decay_init)
-        self.init = nn.ParameterList(self._initial_weights(expansion * head_dim, depth))
+        weights = self._initial_weights(expansion * head_dim, depth)
+        self.zero_start = zero_start
+        self.init = nn.ParameterList(weights[:-1] if zero_start else weights)
 
     def _init_rates(
         self, lr_init: Sequence[float] | None, momentum_init: float, decay_init: float
@@ -131,6 +142,10 @@ class NeuralMemory(nn.Module):
         """The learned initial memory for ``batch_size`` rows; gradients reach it."""
         dtype = torch.promote_types(self.norm.dtype, torch.float32)
         weights = [w.to(dtype).expand(batch_size, *w.shape) for w in self.init]
+        if self.zero_start:
+            width = weights[-1].shape[-1] if weights else self.head_dim
+            shape = (batch_size, self.heads, width, self.head_dim)
+            weights.append(self.norm.new_zeros((), dtype=dtype).expand(shape))
         return MemoryState.from_weights(weights)
 
     def forward(

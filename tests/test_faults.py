@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import json
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from test_dialogue import equal
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bench.echo import echo_adapter, turn_tokens
+from bench.heap import allocated_mib, resident_mib, trimmed_mib
 from bench.reliability import drift
-from bench.soak import FailingStore, Log, compare, play
+from bench.soak import FailingStore, Log, compare, play, steady
 from mal_kernels import MALAdapter, MALConfig
 from mal_kernels.dialogue import EMPTY
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
@@ -188,6 +191,63 @@ def test_the_failing_store_of_the_soak_fails(tmp_path):
             failed += 1
     assert failed == len(log.read()) > 5
     assert 200 - failed < len(store.store.values) < 200  # some failed after the work was done
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def left_behind(mal, host, turns: Counter) -> Counter:
+    """What is alive, by type, after some turns of six dialogues, half of which fail at first."""
+
+    def fail():
+        raise RuntimeError("planted")
+
+    def turn(dialogue):
+        host.between = fail
+        with pytest.raises(RuntimeError, match="planted"):
+            play(host, mal, dialogue, turns[dialogue])
+        host.between = lambda: None
+        play(host, mal, dialogue, turns[dialogue])
+        turns[dialogue] += 1
+
+    for _ in range(2):
+        for dialogue in (0, 0, 0, 0, 1, 2, 3, 4, 0):
+            turn(dialogue)
+        with ThreadPoolExecutor(1) as pool:  # another thread every time
+            pool.submit(turn, 5).result()
+    mal.last_turn = None  # has as many tokens as were said
+    gc.collect()
+    alive = gc.get_objects()
+    tensors = [x for x in alive if issubclass(type(x), torch.Tensor)]
+    counts = Counter(type(x).__name__ for x in alive if type(x) is not Counter)
+    counts["bytes of tensors"] = sum(x.nbytes for x in tensors if x.device.type == "cpu")
+    return counts
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_turns_leave_nothing_behind(tmp_path, leak):
+    host, mal = echo_adapter(DirectoryStore(tmp_path), max_dialogues=3)
+    mal.dialogues.undo_depth = 2
+    turns, kept = Counter(), []
+    if leak:  # the test would notice
+        host.register_forward_hook(lambda *_: kept.append(mal.last_turn))
+    left_behind(mal, host, turns)  # what is made once, and histories at their full length
+    before, after = left_behind(mal, host, turns), left_behind(mal, host, turns)
+    if leak:
+        assert after["TurnReport"] == before["TurnReport"] + 20
+        assert after["Tensor"] > before["Tensor"]
+    else:
+        assert after == before
+
+
+def test_the_memory_of_a_process_is_measured():
+    first = steady(4, 4, marks=2)
+    assert [row["turns"] for row in first] == [8, 16]
+    kept = torch.ones(2**24)  # 64 MiB
+    assert allocated_mib() > first[1]["allocated_mib"] + 32
+    assert resident_mib() > first[1]["resident_mib"] + 32
+    del kept
+    assert trimmed_mib() < resident_mib() + 32
 
 
 # --- threads and tasks ----------------------------------------------------------------------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 
 import pytest
 import torch
 
-from mal_kernels import ArgumentError, MemoryState, NeuralMemory, ops
+from mal_kernels import ArgumentError, MALAdapter, MALConfig, MemoryState, NeuralMemory, ops
+from mal_kernels.errors import CheckpointError
+from mal_kernels.testing import tiny_host, tiny_inputs
 
 KINDS = {
     "titans": dict(chunk_size=8),
@@ -16,6 +19,7 @@ KINDS = {
     "chunk steps": dict(step="chunk", chunk_size=4),
     "linear": dict(depth=1, chunk_size=8),
     "norm": dict(residual_norm=True, depth=3, activation="silu", chunk_size=8),
+    "zero start": dict(zero_start=True, chunk_size=8),
 }
 
 
@@ -117,6 +121,80 @@ def test_read_adds_the_gated_read_of_the_op():
     ]).flatten(1)  # fmt: skip
     gated = y * torch.nn.functional.silu(memory.to_gate(normed))
     close(out.view(-1, 12)[token], x + memory.to_out(gated))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_an_empty_memory_reads_zero_after_training(depth):
+    """With ``zero_start``; else the learned initial memory adds something of its own."""
+    hidden = torch.randn(2, 5, 12)
+    index = torch.arange(10)
+    ends = torch.tensor([0, 5, 10])
+    for zero_start in (True, False):
+        memory = layer(depth=depth, zero_start=zero_start, step="chunk", chunk_size=None)
+        optimizer = torch.optim.AdamW(memory.parameters(), lr=0.05)
+        for _ in range(3):  # a turn that is written, and one that reads it
+            _, state = memory(torch.randn(2, 5, 12))
+            loss = memory.read(hidden, index, index // 5, state).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        empty = memory.initial_state(2)
+        out = memory.read(hidden, index, index // 5, empty)
+        assert torch.equal(out, hidden) == zero_start
+        written = memory.write(hidden.view(10, 12), ends, empty).state
+        assert not torch.equal(memory.read(hidden, index, index // 5, written), hidden)
+
+
+def test_a_read_that_is_never_zero_cannot_start_at_zero():
+    with pytest.raises(ArgumentError, match="zero_start: got True with residual_norm"):
+        layer(zero_start=True, residual_norm=True)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_first_turn_of_a_trained_adapter_is_the_hosts(tmp_path, depth):
+    host = tiny_host("qwen2_audio")
+    first, second = (tiny_inputs(host, [[5]], seed=i) for i in range(2))
+    alone = [host(**turn).logits for turn in (first, second)]
+    config = MALConfig(heads=2, head_dim=8, depth=depth, zero_start=True)
+
+    def play(mal):
+        with mal.dialogue("a") as dialogue:
+            dialogue.reset()
+            return [host(**turn).logits for turn in (first, second)]
+
+    mal = MALAdapter(config).attach(host)
+    optimizer = torch.optim.Adam(mal.parameters(), lr=0.05)
+    for _ in range(3):
+        play(mal)[1].logsumexp(-1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    mal.save_pretrained(tmp_path)
+    before = play(mal)
+    mal.detach()
+    again = MALAdapter.from_pretrained(tmp_path).attach(host)
+    assert again.config.zero_start
+    for answers in (before, play(again)):
+        assert torch.equal(answers[0], alone[0])
+        assert not torch.equal(answers[1], alone[1])
+        assert torch.equal(answers[1], before[1])
+    again.detach()
+
+
+def test_weights_of_the_other_start_are_refused(tmp_path):
+    config = MALConfig(heads=2, head_dim=8, hidden_size=32)
+    MALAdapter(config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"zero_start": True}))
+    with pytest.raises(CheckpointError, match=r"memory.init.1"):
+        MALAdapter.from_pretrained(tmp_path)
+    del saved["zero_start"]  # as older versions wrote it
+    path.write_text(json.dumps(saved))
+    assert not MALAdapter.from_pretrained(tmp_path).config.zero_start
+    with pytest.raises(ArgumentError, match=r"MALConfig.zero_start is True; pass False with resid"):
+        MALConfig(zero_start=True, residual_norm=True)
+    with pytest.raises(ArgumentError, match=r"MALConfig.zero_start is 1; pass True or False"):
+        MALConfig(zero_start=1)
 
 
 def test_zero_output_is_the_identity_bit_for_bit():

@@ -1,5 +1,7 @@
 """The model over windows, the memories, and the controls: every shortcut against the definition."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -255,12 +257,25 @@ def test_noise_has_the_moments_of_the_sound(encoded):
     assert abs(float(fake.std(0).mean() / real.std(0).mean()) - 1) < 0.1
 
 
-def test_read_off_is_the_host_bit_for_bit(corpus, encoded):
+@pytest.mark.parametrize("name", ["gated", "mlp-speaker"])
+def test_read_off_and_reset_are_the_host_bit_for_bit(name, corpus, encoded):
     alone = score_host(load_listener("demo", corpus.labels), encoded).probabilities
-    found = controls.score_controls(make("mlp", corpus), encoded, ["reset", "others only"])
-    assert (found["read off"].probabilities == alone).all()
-    assert not (found["reset"].probabilities == alone).all()  # its initial memory is learned
-    assert list(found) == ["read off", "reset", "others only"]
+    found = controls.score_controls(make(name, corpus), encoded, ["reset", "wrong dialogue"])
+    for control in ("read off", "reset"):
+        assert (found[control].probabilities == alone).all()
+    assert not (found["wrong dialogue"].probabilities == alone).all()
+    assert list(found) == ["read off", "reset", "wrong dialogue"]
+
+
+def test_encoded_turns_of_another_host_are_not_taken(tmp_path, corpus):
+    small = replace(corpus, dialogues=corpus.dialogues[:1])
+    listener = load_listener("demo", corpus.labels)
+    (before,) = encode_corpus(listener, small, tmp_path)
+    for parameter in listener.model.parameters():
+        parameter.data.mul_(0.5)
+    (after,) = encode_corpus(listener, small, tmp_path)
+    assert not torch.equal(before.turns[0].embeds, after.turns[0].embeds)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_smoothing_is_a_running_mean_by_speaker(encoded):

@@ -159,6 +159,7 @@ def test_the_table_collects_finished_jobs(bench, tmp_path):
     assert (tmp_path / "table.png").stat().st_size > 10_000
     assert values["jobs_finished"] == 3
     assert values["jobs_planned"] == len(set(benchmark.jobs()))
+    assert len(values["jobs_not_run"]) == values["jobs_planned"] - 3
     memory = values["jobs"]["baseline/gated-speaker"]
     assert memory["seeds"] == [0, 1]
     assert len(memory["answers"]["memory"]["WA"]) == 2

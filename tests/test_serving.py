@@ -14,6 +14,7 @@ from test_dialogue import equal
 from test_store import redis_url as redis_url
 
 from bench.load import PlayedVLLM, chat_request, load, post, recordings, running, small_sidecar
+from bench.served import TEMPLATE, distance, log_probabilities, serving
 from examples.serve_vllm import (
     VLLM,
     Server,
@@ -26,7 +27,7 @@ from examples.serve_vllm import (
 from mal_kernels import ArgumentError, AudioFileError, CheckpointError, MALAdapter
 from mal_kernels.demo import host as small
 from mal_kernels.demo import train
-from mal_kernels.errors import StoreError
+from mal_kernels.errors import HostError, StoreError
 from mal_kernels.store import DirectoryStore, MemoryStore, RedisStore
 
 
@@ -83,6 +84,16 @@ def test_uuids_tell_dialogues_turns_and_memories_apart():
     view = embeds_part(torch.randn(1000, 4)[:3], "a")
     assert len(view["audio_embeds"]) == len(one["audio_embeds"])  # not all that it is a view of
     embeds_part(x.bfloat16(), "a")
+
+
+def test_embeddings_that_are_not_finite_are_not_sent(played, wavs):
+    sidecar = small_sidecar(played.url, MemoryStore())
+    with torch.no_grad():
+        sidecar.vllm.projector.linear.bias[0] = float("inf")
+    with pytest.raises(HostError, match="not all finite"):
+        sidecar.chat(chat_request(0, 0, wavs[0][0]))
+    assert played.requests == 0
+    assert sidecar.mal.dialogues.backing.values == {}
 
 
 def test_a_turn_that_vllm_does_not_answer_is_not_written(played, wavs):
@@ -205,9 +216,34 @@ def test_the_recorded_schema_is_strict(played):
     assert not list(played.validator.iter_errors(ok))
     for bad in (
         {},
-        {"messages": []},
+        {"messages": {}},
         {**ok, "dialogue": "a"},
         {"messages": [{"role": "user", "content": [{**part, "type": "input_audio"}]}]},
         {"messages": [{"role": "user", "content": [{**part, "uuid": 3}]}]},
     ):
         assert list(played.validator.iter_errors(json.loads(json.dumps(bad))))
+
+
+def test_the_prompt_of_a_served_turn_is_that_of_the_demo():
+    import jinja2
+
+    parts = [{"type": "audio"}, {"type": "text", "text": "emotion"}]
+    prompt = jinja2.Template(TEMPLATE).render(messages=[{"role": "user", "content": parts}])
+    assert prompt == small.PROMPT.format(task="emotion")
+
+
+def test_an_answer_is_compared_by_its_tokens():
+    expected = torch.tensor([0.5, 0.25, 0.25]).log()
+    tops = [{"token": small.WORDS[2], "logprob": -1.5}, {"token": " <pad>", "logprob": -0.7}]
+    answer = {"choices": [{"logprobs": {"content": [{"top_logprobs": tops}]}}]}
+    read = log_probabilities(answer)
+    assert read == {2: -1.5, 0: -0.7}
+    assert distance(read, expected) == pytest.approx(1.5 - 1.386294, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("executable", "match"), [("no-vllm", "not on the PATH"), ("false", "serve")]
+)
+def test_a_server_that_does_not_come_up(tmp_path, executable, match):
+    with pytest.raises(ArgumentError, match=match), serving(tmp_path, executable):
+        pass

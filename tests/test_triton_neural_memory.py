@@ -85,8 +85,9 @@ def test_parity_of_half_precision(case, dtype):
     assert_parity(memory, make_inputs(dtype=dtype, **CASES[case]))
 
 
-def test_parity_of_full_tiles():
-    inputs = make_inputs(batch=1, heads=1, tokens=260, chunk_size=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("chunk_size", [32, 64])
+def test_parity_of_full_tiles(chunk_size):
+    inputs = make_inputs(batch=1, heads=1, tokens=260, chunk_size=chunk_size, dtype=torch.bfloat16)
     assert_parity(memory, inputs)
 
 

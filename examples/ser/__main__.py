@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.table import Table
 from mal_kernels.cli import errors_without_traceback
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
 CORPUS = "synthetic:baseline, :inertia, :drift or :trap; iemocap, iemocap6, meld, multidialog, m3ed"
 CorpusName = Annotated[str, typer.Option(help=CORPUS)]
 Root = Annotated[Path | None, typer.Option(help="Directory of the corpus.")]
@@ -130,7 +131,7 @@ def train(
     window: Annotated[
         int | None, typer.Option(min=1, help="Turns to backpropagate through; all if left out.")
     ] = None,
-    lr: Annotated[float, typer.Option(min=0.0)] = 1e-2,
+    lr: Annotated[float, typer.Option(min=0.0)] = 2e-2,
     warmup: Annotated[int, typer.Option(min=0)] = 30,
     head_dim: Annotated[int, typer.Option(min=1, help="Width of a head of the memory.")] = 16,
     lora: Annotated[int | None, typer.Option(min=1, help="Rank of LoRA on the decoder.")] = None,
@@ -138,7 +139,7 @@ def train(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute the decoder's activations.")
     ] = False,
-    dialogues: Annotated[int, typer.Option(min=1, help="Synthetic training dialogues.")] = 1600,
+    dialogues: Annotated[int, typer.Option(min=1, help="Synthetic training dialogues.")] = 2000,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 100,
     cache: Cache = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = (
@@ -147,7 +148,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log for it, too.")] = False,
     list_arms: Annotated[bool, typer.Option("--list-arms", help="Show the arms and stop.")] = False,
 ) -> None:
-    """Train one arm on one corpus; also under ``accelerate launch -m examples.ser train``."""
+    """Train one arm on one corpus; also under ``accelerate launch`` or ``torchrun``."""
     from examples.ser.memories import ARMS
     from examples.ser.runs import open_bench, train_run
     from examples.ser.train import Settings

@@ -291,7 +291,9 @@ def _encode_turns(listener: Listener, turns: Sequence[Turn], batch: int, workers
 
 def _key(listener: Listener, corpus: Corpus) -> str:
     """A folder name that changes with everything that the embeddings depend on."""
-    about = json.dumps([listener.name, listener.prompt, corpus.name])
+    first = [p.detach().flatten()[:8].float().cpu() for p in listener.model.parameters()]
+    weights = hashlib.sha256(torch.cat(first).numpy().tobytes()).hexdigest()
+    about = json.dumps([listener.name, listener.prompt, corpus.name, weights])
     return f"{corpus.name.replace(' ', '-')}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
 
 

@@ -19,8 +19,10 @@ from mal_kernels import MALAdapter, MALConfig, MemoryState, NeuralMemory
 from mal_kernels.errors import ArgumentError
 
 State = tuple[Tensor, ...]  # each [R, ...]
-LINEAR = dict(depth=1, max_lr=1.0, max_grad_norm=None)
-DEEP = dict(depth=2, max_lr=0.5, max_grad_norm=1.0)
+LINEAR = dict(
+    depth=1, max_lr=2.0, lr_init=(0.1, 0.3, 0.6, 1.0), max_grad_norm=None, zero_start=True
+)
+DEEP = dict(depth=2, max_lr=0.5, max_grad_norm=1.0, zero_start=True)
 NEVER = 1e-6  # σ⁻¹ of it is as near to a gate of zero as float32 training leaves it
 
 
@@ -77,7 +79,9 @@ def build_memory(arm: Arm, hidden_size: int, **changes: Any) -> nn.Module | None
         changes: fields of :class:`MALConfig`, such as ``head_dim``.
     """
     if arm.kind in ("titans", "static"):
-        mal = MALAdapter(MALConfig(**{**arm.options, **changes}, hidden_size=hidden_size))
+        start = {"zero_start": False} if arm.kind == "static" else {}
+        options = {**arm.options, **start, **changes}
+        mal = MALAdapter(MALConfig(**options, hidden_size=hidden_size))
         kind = TitansMemory if arm.kind == "titans" else NeverWritten
         return kind(mal, arm.frozen)
     width = 4 * changes.get("head_dim", 64)
@@ -143,8 +147,8 @@ class TitansMemory(nn.Module):
         self, x: Tensor, mask: Tensor, state: State | None
     ) -> tuple[Tensor, State | None]:
         rows, turns, tokens, _ = x.shape
-        half = len(self.memory.init)
         flat = self.initial(rows) if state is None else state
+        half = len(flat) // 2
         memory_state = MemoryState(flat[:half], flat[half:])
         row = torch.arange(rows, device=x.device).repeat_interleave(tokens).view(rows, tokens)
         changed = []
@@ -172,7 +176,7 @@ def _hold_at_zero(memory: NeuralMemory, gate: int) -> None:
 
 
 class NeverWritten(TitansMemory):
-    """The same adapter, parameter for parameter, whose memory is trained but never written.
+    """The same adapter, whose memory is trained with it and never written.
 
     What it gains over the host is due to training a layer there, not to remembering.
     """

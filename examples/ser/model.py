@@ -270,14 +270,13 @@ class DialogueModel(nn.Module):
 
     def _log_probs(self, embeds: Tensor, mask: Tensor, at: Tensor) -> Tensor:
         """Of the tokens that follow the positions ``at`` ``[P]``: ``[n, P, V]``."""
-        # positions as if there were no padding: a prompt is answered the same in any batch
-        position = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        padding = {}
+        if not bool(mask.all()):  # without any, attention needs no mask and is faster
+            # positions as if there were no padding: a prompt is answered the same in any batch
+            position = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            padding = {"attention_mask": mask.long(), "position_ids": position}
         logits = self.host(
-            inputs_embeds=embeds,
-            attention_mask=mask.long(),
-            position_ids=position,
-            logits_to_keep=at,
-            use_cache=False,
+            inputs_embeds=embeds, **padding, logits_to_keep=at, use_cache=False
         ).logits
         if logits.shape[1] != len(at):  # some hosts ignore logits_to_keep
             logits = logits[:, at]

@@ -30,7 +30,7 @@ def open_corpus(
     root: Path | None = None,
     *,
     fold: int | None = None,
-    train: int = 1600,
+    train: int = 2000,
     test: int = TEST,
 ) -> Corpus:
     """A corpus by name.

@@ -60,14 +60,14 @@ class Settings:
     batch: int = 32
     accumulation: int = 1
     window: int | None = None
-    lr: float = 1e-2
+    lr: float = 2e-2
     warmup: int = 30
     evaluate_every: int = 100
     head_dim: int = 16
     lora: int | None = None
     bf16: bool = False
     checkpointing: bool = False
-    dialogues: int = 1600
+    dialogues: int = 2000
     cache: str | None = None
 
     def save(self, folder: Path) -> None:

@@ -153,6 +153,10 @@ def scores_bwd(t, f, g, i_th, m_t, p_w, p_s, p_init, M: tl.constexpr):
         store_vector(g.dbeta, tl.zeros([M.BT], tl.float32), i_th, m_t, M)
         store_vector(g.df, tl.zeros([M.BT], tl.float32), i_th, m_t, M)
     store_tile(g.w, b_dc, i_th, m_t, 0, M.BT, M.BT, M)
+    tl.debug_barrier()  # what one thread stored, another loads
+    # read again: held over the loop it would not fit into registers
+    b_c = load_tile(g.decays, i_th, m_t, 0, M.BT, M.BT, M)
+    b_c *= load_vector(f.rate, i_th, m_t, M)[None, :]
     b_dd2 = -dot(tl.trans((b_c * b_hh).to(b_q.dtype)), b_do)
     store_tile(g.d2, b_dd2, i_th, m_t, 0, M.BD, M.D, M)
 

@@ -18,9 +18,9 @@ Nothing here reads a value on the host: the number of tiles of ragged rows is bo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -53,16 +53,18 @@ from .write import Factors, factors_fwd_kernel, state_fwd_kernel, write_fwd_kern
 WALKED = 128  # tokens of the longest chunk that one program walks
 
 
-def tile_rule(length: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def tile_rule(length: int, chunk: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Tokens of a tile, hidden units of a slice and warps of a program: one choice per size.
 
-    None spills on Hopper (``tests/test_aot.py``); which is fastest only a GPU can tell. Short turns
-    are spread over more programs. A slice wider than a short tile keeps Triton from giving every
-    warp the whole tile.
+    Chosen so that none spills on Hopper (``SWEEP`` below); which is fastest only a GPU can tell.
+    Short turns are spread over more programs. A slice wider than a short tile keeps Triton from
+    giving every warp the whole tile; in a long tile a narrow one leaves more registers.
     """
     half = dtype.itemsize == 2
-    tile = 64 if half and dim <= 64 and length > 256 else 16
-    return tile, 32 if half or dim <= 64 else 16, 8
+    tile = min(64 if half and dim <= 64 and length > 256 else 16, power_of_2(chunk))
+    if tile > 16:
+        return tile, 32 if tile == 64 and dim > 32 else 16, 8
+    return tile, 32 if half or dim <= 64 else 16, 4 if dim <= 32 else 8
 
 
 class Layout(NamedTuple):
@@ -115,8 +117,7 @@ class Layout(NamedTuple):
         rows, depth = weights[0].shape[0], len(weights) - residual_norm
         width = weights[0].shape[3] if depth == 2 else dim
         size = chunk_size or max(length, 1)
-        most, slice_width, warps = tile_rule(length, dim, tokens.k.dtype)
-        tile = min(most, power_of_2(size))
+        tile, slice_width, warps = tile_rule(length, size, dim, tokens.k.dtype)
         per_chunk = triton.cdiv(size, tile)
         columns = length + (0 if position is None else size - 1)
         plain = Static(
@@ -606,10 +607,16 @@ def _example(
 
 
 def _all_options(
-    dim: int, dtype: torch.dtype, depth: int = 2, residual_norm: bool = True
+    dim: int,
+    dtype: torch.dtype,
+    depth: int = 2,
+    residual_norm: bool = True,
+    *,
+    tokens: int = 320,
+    chunk_size: int | None = 64,
 ) -> Callable[[], object]:
     return _example(
-        *(320, dim, dim if depth == 1 else 4 * dim, 64, dtype),
+        *(tokens, dim, dim if depth == 1 else 4 * dim, chunk_size, dtype),
         depth=depth,
         residual_norm=residual_norm,
         everything=True,
@@ -620,15 +627,30 @@ EXAMPLES = {
     "D64 E256 chunk 64 bf16": _example(320, 64, 256, 64),
     "D64 E128 turn ragged bf16": _example(112, 64, 128, None, step="chunk", ragged=True),
     "D64 E256 norm, all options, bf16": _all_options(64, torch.bfloat16),
-    "D128 E512 norm, all options, bf16": _all_options(128, torch.bfloat16),
+    "D64 E256 norm, all options, chunk 32 bf16": _all_options(64, torch.bfloat16, chunk_size=32),
+    "D128 E512, all options, bf16": _all_options(128, torch.bfloat16, residual_norm=False),
     "D128 E512 norm, all options, fp32": _all_options(128, torch.float32),
-    "D256 depth 1, norm, all options, bf16": _all_options(256, torch.bfloat16, 1),
+    "D16 E64, all options, fp32": _all_options(16, torch.float32, residual_norm=False),
+    "D256 depth 1, all options, fp32": _all_options(256, torch.float32, 1, False),
 }
-# every size by kind that may be chosen, for `python -m mal_kernels._triton.aot`
-SWEEP = EXAMPLES | {
-    f"D{dim} depth {depth}{', norm' * norm}, {name}": _all_options(dim, dtype, depth, norm)
-    for depth, dims in ((2, (16, 64, 128)), (1, (16, 64, 128, 256)))
-    for dim in dims
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-    for norm in (False, True)
-}
+
+
+def _sweep() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every size by kind that may be chosen: features, dtype, tile, walked or a whole turn."""
+    for depth, dims in ((2, (16, 32, 64, 128)), (1, (16, 32, 64, 128, 256))):
+        for dim, norm in product(dims, (False, True)):
+            for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+                kind = f"D{dim} depth {depth}{', norm' * norm}, {name}"
+                options = (dim, dtype, depth, norm)
+                yield kind, _all_options(*options)
+                if name == "bf16" and dim <= 64:
+                    yield f"{kind}, tile 32", _all_options(*options, chunk_size=32)
+                    yield f"{kind}, tile 16", _all_options(*options, tokens=256)
+                if norm:
+                    width = dim if depth == 1 else 4 * dim
+                    turn = dict(depth=depth, step="chunk", ragged=True, residual_norm=True)
+                    yield f"{kind}, turn", _example(112, dim, width, None, dtype, **turn)
+
+
+# for `python -m mal_kernels._triton.aot`
+SWEEP = EXAMPLES | dict(_sweep())

@@ -150,8 +150,16 @@ def gradient_factors(
 
 @triton.jit
 def summed_gradient(b_c, b_x, b_y):
-    """``Σ_s x_s ⊗ c_s y_s`` of a tile; ``x`` as it is, so that it need not go through registers."""
-    return dot(tl.trans(b_x), b_c[:, None] * b_y.to(tl.float32))
+    """``Σ_s c_s x_s ⊗ y_s`` of a tile ``[BT, X]``, ``[BT, Y]``.
+
+    ``c`` goes to ``y``, so that ``x`` need not go through registers; float32, which goes through
+    them anyway, to the narrower of the two.
+    """
+    if b_x.dtype == tl.float32 and b_x.shape[1] < b_y.shape[1]:
+        b_sum = dot(tl.trans(b_c[:, None] * b_x), b_y)
+    else:
+        b_sum = dot(tl.trans(b_x), b_c[:, None] * b_y.to(tl.float32))
+    return b_sum
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """A real Qwen2-Audio, only small: the classes and the processor of the 8 B model, 64 wide.
 
-It is pre-trained on the spot on what one utterance can tell (its pitch, and the emotion as far as
-that goes), then frozen: it plays the part of an audio language model that hears well and remembers
-nothing.
+It is pre-trained on the spot on what one utterance can tell (its pitch, the voice's timbre, and the
+emotion as far as that goes), then frozen: it plays the part of an audio language model that hears
+well and remembers nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mal_kernels.demo import synth
@@ -27,16 +27,19 @@ if TYPE_CHECKING:
         WhisperFeatureExtractor,
     )
 
-# one token answers; the pitch, in semitones, is only asked in pre-training
+# one token answers; pitch and timbre are only asked in pre-training
 ANSWERS = {
     "emotion": synth.LABELS,
-    "pitch": tuple(f"pitch{i}" for i in range(32)),
+    "pitch": tuple(f"pitch{i}" for i in range(32)),  # bins of a semitone
+    "timbre": tuple(f"timbre{i}" for i in range(16)),  # bins of the vocal tract's log scale
 }
+TIMBRE_BIN = 0.05
 MARKERS = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
 WORDS = ("<pad>", "<eos>", *MARKERS, *ANSWERS, *itertools.chain(*ANSWERS.values()))
 PROMPT = "<|audio_bos|><|AUDIO|><|audio_eos|> {task}"
 MELS, HOP, FFT = 128, 320, 1024  # 64 ms windows: the harmonics of a low voice stay apart
 FRAMES = synth.CLIP_SAMPLES // HOP  # 32 mel frames, hence 8 audio tokens a clip
+AUDIO = slice(1, 1 + FRAMES // 4)  # where token_ids() has the audio tokens
 WIDTH, HEADS = 64, 4
 
 
@@ -133,12 +136,27 @@ def token_ids(rows: int, task: str = "emotion") -> Tensor:
 
 def pretraining_targets(script: synth.Script) -> dict[str, Tensor]:
     """The right answer of each task for every turn, as int64 token ids ``[N * T]``."""
-    pitch = np.clip(np.rint(script.pitch) + 16, 0, 31)
-    classes = {"emotion": script.label, "pitch": pitch}
+    pitch, timbre = voices(script)
+    classes = {
+        "emotion": script.label,
+        "pitch": _bins(pitch, "pitch"),
+        "timbre": _bins(timbre / TIMBRE_BIN, "timbre"),
+    }
     return {
         task: torch.tensor(answer_ids(task))[torch.from_numpy(values).long().flatten()]
         for task, values in classes.items()
     }
+
+
+def voices(script: synth.Script) -> np.ndarray:
+    """Pitch in semitones and log vocal-tract scale of every turn, ``[2, N, T]``."""
+    return np.stack([script.pitch, np.take_along_axis(script.timbre, script.speaker, axis=1)])
+
+
+def _bins(values: np.ndarray, task: str) -> np.ndarray:
+    """The nearest bin of each value; zero is in the middle one, the ends take what is beyond."""
+    count = len(ANSWERS[task])
+    return np.clip(np.rint(values) + count // 2, 0, count - 1)
 
 
 def pretrain(
@@ -152,6 +170,9 @@ def pretrain(
     on_step: Callable[[], object] = lambda: None,
 ) -> Qwen2AudioForConditionalGeneration:
     """Train a new host to answer every task about single utterances, then freeze it.
+
+    A linear probe on its mean audio token, thrown away afterwards, learns pitch and timbre beside
+    the answers: without it one task is learned long before the other is.
 
     Args:
         script: of ``N`` dialogues with ``T`` turns.
@@ -167,34 +188,49 @@ def pretrain(
     targets = pretraining_targets(script)
     answers = torch.stack([targets[task] for task in ANSWERS])  # [tasks, N * T]
     prompts = torch.cat([token_ids(1, task) for task in ANSWERS])  # [tasks, S]
-    optimizer = torch.optim.AdamW(host.parameters(), lr=lr, weight_decay=0.01)
+    voice = torch.from_numpy(voices(script)).float().flatten(1).T  # [N * T, 2]
+    voice = (voice - voice.mean(0)) / voice.std(0)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        probe = nn.Linear(WIDTH, 2)
+    parameters = [*host.parameters(), *probe.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = cosine(optimizer, steps, warmup=50)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(features), (batch,), generator=draw)
         task = torch.randint(len(ANSWERS), (batch,), generator=draw)
-        logits = last_logits(host, features[rows].float(), prompts[task])
+        audio = audio_tokens(host, features[rows])
+        logits = answer_logits(host, input_embeds(host, audio, prompts[task]))
         loss = F.cross_entropy(logits, answers[task, rows])
+        loss = loss + F.mse_loss(probe(audio.mean(1)), voice[rows])
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(host.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         on_step()
     return host.requires_grad_(False)
 
 
-def last_logits(
-    host: Qwen2AudioForConditionalGeneration, features: Tensor, input_ids: Tensor
+def audio_tokens(host: Qwen2AudioForConditionalGeneration, features: Tensor) -> Tensor:
+    """What the decoder hears of clips ``[rows, MELS, FRAMES]``: ``[rows, audio tokens, WIDTH]``."""
+    heard = host.model.audio_tower(features.float()).last_hidden_state
+    return host.model.multi_modal_projector(heard)
+
+
+def input_embeds(
+    host: Qwen2AudioForConditionalGeneration, audio: Tensor, input_ids: Tensor
 ) -> Tensor:
-    """Logits of the answer, ``[rows, len(WORDS)]``, for clips ``[rows, MELS, FRAMES]``."""
-    frames = torch.ones(len(features), FRAMES, dtype=torch.long)
-    return host(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        input_features=features,
-        feature_attention_mask=frames,
-    ).logits[:, -1]
+    """Embeddings of prompts ``[rows, S]`` with their :func:`audio_tokens`: ``[rows, S, WIDTH]``."""
+    text = host.get_input_embeddings()(input_ids)
+    return torch.cat([text[:, : AUDIO.start], audio, text[:, AUDIO.stop :]], 1)
+
+
+def answer_logits(host: Qwen2AudioForConditionalGeneration, embeds: Tensor) -> Tensor:
+    """Logits of the answer ``[rows, len(WORDS)]`` for input embeddings ``[rows, S, WIDTH]``."""
+    hidden = host.model.language_model(inputs_embeds=embeds, use_cache=False)
+    return host.lm_head(hidden.last_hidden_state[:, -1])
 
 
 def cosine(
