@@ -224,6 +224,16 @@ def left_behind(mal, host, turns: Counter) -> Counter:
     return counts
 
 
+@pytest.fixture
+def nothing_yet():
+    """What other tests have left alive is not counted."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("nothing_yet")
 @pytest.mark.parametrize("leak", [False, True])
 def test_turns_leave_nothing_behind(tmp_path, leak):
     host, mal = echo_adapter(DirectoryStore(tmp_path), max_dialogues=3)
