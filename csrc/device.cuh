@@ -195,4 +195,14 @@ struct alignas(sizeof(T) * kCount) Vector {
   T at[kCount];
 };
 
+// Four numbers from the first of them on.
+template <class T>
+MAL_DEVICE Vector<T, 4>& four_at(T& first) {
+  return reinterpret_cast<Vector<T, 4>&>(first);
+}
+template <class T>
+MAL_DEVICE const Vector<T, 4>& four_at(const T& first) {
+  return reinterpret_cast<const Vector<T, 4>&>(first);
+}
+
 }  // namespace mal

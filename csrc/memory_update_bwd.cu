@@ -34,19 +34,18 @@ template <class T, int kD>
 struct Shared {
   using Number = T;
   static constexpr int kFeatures = kD, kHidden = units_for(kD);
-  static_assert(2 * kHidden >= kTokens, "no place for do");
-  T k[1][kTokens][kD + kPad];
-  T v[1][kTokens][kD + kPad];
-  T w1[kD][kHidden + kPad];  // the anchor
-  T w2[kHidden][kD + kPad];
-  T dw1[kD][kHidden + kPad];  // behind the tile
-  T ds1[kD][kHidden + kPad];
-  T last[2 * kHidden][kD + kPad];  // dW2 and below it dS2; then do [kTokens]
-  T h[kTokens][kHidden + kPad];
-  T d1[kTokens][kHidden + kPad];
-  T du[kTokens][kHidden + kPad];
-  T dz[kTokens][kHidden + kPad];
-  T d2[kTokens][kD + kPad];
+  Tile<T, kTokens, kD> k[1];
+  Tile<T, kTokens, kD> v[1];
+  Tile<T, kD, kHidden> w1;  // the anchor
+  Tile<T, kHidden, kD> w2;
+  Tile<T, kD, kHidden> dw1;  // behind the tile
+  Tile<T, kD, kHidden> ds1;
+  Tile<T, kHidden, kD> last[2];  // dW2 and dS2; then do
+  Tile<T, kTokens, kHidden> h;
+  Tile<T, kTokens, kHidden> d1;
+  Tile<T, kTokens, kHidden> du;
+  Tile<T, kTokens, kHidden> dz;
+  Tile<T, kTokens, kD> d2;
   float slope[kTokens][kHidden + kPad];  // z, then act'(z); each number its thread's own
   float curve[kTokens][kHidden + kPad];  // act''(z), then u ⊙ act''(z), then dz so far; likewise
   // this block's part of h W2, then of dδ2; and o or its LayerNorm, then this block's part of dK
@@ -72,7 +71,7 @@ struct Shared {
 template <class T, int kD>
 struct Backward : Tiles<Shared<T, kD>> {
   using Base = Tiles<Shared<T, kD>>;
-  using typename Base::Slice;
+  using typename Base::Slice, typename Base::Tokens, typename Base::Units;
   using Base::a, Base::s, Base::thread, Base::lane, Base::warp, Base::rank, Base::blocks;
   using Base::head, Base::row, Base::begin, Base::length, Base::chunk_size;
   using Base::kHidden, Base::kTile, Base::kWide, Base::kNarrow, Base::kOfW1, Base::kOfW2;
@@ -81,14 +80,15 @@ struct Backward : Tiles<Shared<T, kD>> {
   using Base::gain_at, Base::is_deep, Base::has_gain, Base::load_layer, Base::store_layer;
   using Base::load_state, Base::store_weights, Base::store_trace, Base::store_gain;
   using Base::set_layer, Base::set_anchor, Base::fetch, Base::load_gates, Base::coefficients;
-  using Base::each_narrow, Base::hidden, Base::project, Base::over_sharing, Base::over_blocks;
+  using Base::each_narrow, Base::each_wide, Base::hidden, Base::project, Base::over_sharing, Base::over_blocks;
   using Base::four_over_blocks, Base::feature_of, Base::error_of, Base::sum_parts;
   using Base::normalise, Base::clips, Base::locate;
 
   const mal_memory_update_bwd_args& to;
   float (&part)[kTokens][kD + 4] = s.part[0];
   float (&own)[kTokens][kD + 4] = s.part[1];  // each number its thread's own
-  float a1[kOfW1][4], a2[kOfW2][4];           // dA
+  Tokens& d_output = in_place_of<Tokens>(s.last);
+  float a1[kOfW1][4], a2[kOfW2][4];  // dA
 
   MAL_DEVICE explicit Backward(const mal_memory_update_bwd_args& arguments)
       : Base(arguments.call), to(arguments) {}
@@ -140,8 +140,8 @@ struct Backward : Tiles<Shared<T, kD>> {
       set_layer(s.dw1, w1, first, first_slice(row), nullptr);
       set_layer(s.ds1, s1, first, first_slice(row), nullptr);
     }
-    set_layer(s.last, w2, last, last_slice(row), nullptr);
-    set_layer(s.last + kHidden, s2, last, last_slice(row), nullptr);
+    set_layer(s.last[0], w2, last, last_slice(row), nullptr);
+    set_layer(s.last[1], s2, last, last_slice(row), nullptr);
   }
 
   // dβ, df and dε, of each warp, with the states of tile `slot`.
@@ -193,17 +193,6 @@ struct Backward : Tiles<Shared<T, kD>> {
     hidden(0, [&](int token, int unit, float z) {
       s.curve[token][unit] = curvature(a.activation, z);
     });
-  }
-
-  template <class Each>
-  MAL_DEVICE void each_wide(Each each) const {
-#pragma unroll
-    for (int n = 0; n < kWide; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        Place p = accumulator_of(lane, i);
-        each(n, i, wide.row + p.row, wide.column + 8 * n + p.column);
-      }
   }
 
   // Sums h W2 over the blocks, through LayerNorm; from it δ2, and what a token has of norms.
@@ -263,7 +252,7 @@ struct Backward : Tiles<Shared<T, kD>> {
       });
       through<false>(gx, sums, s.k[0], s.dw1, s.ds1, s.d1);
     }
-    through<true>(gd, sums, s.d2, s.last, s.last + kHidden, s.h);
+    through<true>(gd, sums, s.d2, s.last[0], s.last[1], s.h);
 #pragma unroll
     for (int j = 0; j < kSums; j++)
 #pragma unroll
@@ -277,10 +266,9 @@ struct Backward : Tiles<Shared<T, kD>> {
   }
 
   // g = -(w x dW + E x dS), and the sums of x dW and x dS with `y`.
-  template <bool kTransposed, int kPitchX, int kPitchW>
-  MAL_DEVICE void through(float (&g)[kNarrow][4], float (&sums)[kSums][2], const T (*x)[kPitchX],
-                          const T (*dw)[kPitchW], const T (*ds)[kPitchW],
-                          const T (*y)[kHidden + kPad]) const {
+  template <bool kTransposed, class X, class Matrix>
+  MAL_DEVICE void through(float (&g)[kNarrow][4], float (&sums)[kSums][2], const X& x,
+                          const Matrix& dw, const Matrix& ds, const Units& y) const {
     each_product<kTransposed>(x, dw, [&](int n, int i, int token, int unit, float product) {
       sums[kOnW][i / 2] += product * to_float(y[token][unit]);
       g[n][i] = -s.on_w[token] * product;
@@ -292,8 +280,8 @@ struct Backward : Tiles<Shared<T, kD>> {
   }
 
   // Calls `each` with this thread's numbers of x w, a tile of hidden units.
-  template <bool kTransposed, int kPitchX, int kPitchW, class Each>
-  MAL_DEVICE void each_product(const T (*x)[kPitchX], const T (*w)[kPitchW], Each each) const {
+  template <bool kTransposed, class X, class Matrix, class Each>
+  MAL_DEVICE void each_product(const X& x, const Matrix& w, Each each) const {
     float product[kNarrow][4] = {};
     multiply<kD, kTransposed>(product, x, narrow.row, w, narrow.column);
     each_narrow([&](int n, int i, int token, int unit) { each(n, i, token, unit, product[n][i]); });
@@ -395,10 +383,9 @@ struct Backward : Tiles<Shared<T, kD>> {
   }
 
   // -ρ (w x dW + E x dS) of hidden units `x`, plus y W; of this block.
-  template <bool kTransposed, int kPitch>
-  MAL_DEVICE void from_units(float (&sum)[kWide][4], const T (*x)[kHidden + kPad],
-                             const T (*dw)[kPitch], const T (*ds)[kPitch],
-                             const T (*y)[kHidden + kPad], const T (*w)[kPitch]) const {
+  template <bool kTransposed, class Matrix>
+  MAL_DEVICE void from_units(float (&sum)[kWide][4], const Units& x, const Matrix& dw,
+                             const Matrix& ds, const Units& y, const Matrix& w) const {
     float of_s[kWide][4] = {};
     multiply<kHidden, kTransposed>(sum, x, wide.row, dw, wide.column);
     multiply<kHidden, kTransposed>(of_s, x, wide.row, ds, wide.column);
@@ -411,7 +398,7 @@ struct Backward : Tiles<Shared<T, kD>> {
   // This block's part of dδ2.
   MAL_DEVICE void project_gradients() const {
     float sum[kWide][4] = {};
-    from_units<false>(sum, s.h, s.last, s.last + kHidden, s.du, s.w2);
+    from_units<false>(sum, s.h, s.last[0], s.last[1], s.du, s.w2);
     each_wide([&](int n, int i, int token, int feature) { part[token][feature] = sum[n][i]; });
   }
 
@@ -426,7 +413,7 @@ struct Backward : Tiles<Shared<T, kD>> {
       const float* from = map_shared(part[t], r);
 #pragma unroll
       for (int i = 0; i < kShare; i += 4) {
-        auto four = *reinterpret_cast<const Vector<float, 4>*>(from + feature_of(i));
+        auto four = four_at(from[feature_of(i)]);
 #pragma unroll
         for (int j = 0; j < 4; j++) d_delta[i + j] += four.at[j];
       }
@@ -446,7 +433,7 @@ struct Backward : Tiles<Shared<T, kD>> {
         float e = error_of(own[t][feature], feature, 0);
         float d_error = 2 * (d_surprise * e + d_delta[i + j]);
         d_value[j] = -d_error;
-        s.last[t][feature] = from_float<T>(d_error);
+        d_output[t][feature] = from_float<T>(d_error);
         own[t][feature] = of_key(0, feature);
       }
       if (stores(count)) store_four(to.d_v, d_value, feature_of(i), token);
@@ -470,11 +457,10 @@ struct Backward : Tiles<Shared<T, kD>> {
   // Four of its features, into dK or dV.
   MAL_DEVICE void store_four(void* tensor, const float (&x)[4], int feature, int token) const {
     if (feature >= a.D) return;
-    Vector<T, 4> four;
+    int64_t at = ((begin + token + thread / kSharing) * a.H + head) * a.D + feature;
+    auto& four = four_at(static_cast<T*>(tensor)[at]);
 #pragma unroll
     for (int j = 0; j < 4; j++) four.at[j] = from_float<T>(x[j]);
-    int64_t at = ((begin + token + thread / kSharing) * a.H + head) * a.D + feature;
-    *reinterpret_cast<Vector<T, 4>*>(static_cast<T*>(tensor) + at) = four;
   }
 
   struct Errors {
@@ -530,7 +516,7 @@ struct Backward : Tiles<Shared<T, kD>> {
       Errors of = through(feature, d_delta[i]);
       float normed = o[feature];
       float d = rstd * (of.normed - d_mean - normed * d_along) - normed * scale;
-      s.last[t][feature] = from_float<T>(feature < a.D ? d : 0);
+      d_output[t][feature] = from_float<T>(feature < a.D ? d : 0);
       o[feature] = of_key(of.error, feature);
     }
   }
@@ -538,7 +524,7 @@ struct Backward : Tiles<Shared<T, kD>> {
   // dz; at depth 1, where z is K, into this block's part of dK.
   MAL_DEVICE void through_network() const {
     float d[kNarrow][4] = {};
-    multiply<kD, true>(d, s.last, narrow.row, s.w2, narrow.column);
+    multiply<kD, true>(d, d_output, narrow.row, s.w2, narrow.column);
     each_narrow([&](int n, int i, int token, int unit) {
       float dz = s.curve[token][unit] + d[n][i] * (is_deep() ? s.slope[token][unit] : 1);
       int feature = rank * kHidden + unit;
@@ -558,9 +544,8 @@ struct Backward : Tiles<Shared<T, kD>> {
   }
 
   // sum += xᵀ y, over the tile's tokens.
-  template <int kCount, int kPitchX, int kPitchY>
-  MAL_DEVICE void add_products(float (&sum)[kCount][4], const T (*x)[kPitchX],
-                               const T (*y)[kPitchY], Place part) const {
+  template <int kCount, class X, class Y>
+  MAL_DEVICE void add_products(float (&sum)[kCount][4], const X& x, const Y& y, Place part) const {
 #pragma unroll 1
     for (int t = 0; t < kTokens; t += 16) {
       uint32_t fx[4];
@@ -580,7 +565,7 @@ struct Backward : Tiles<Shared<T, kD>> {
       add_products(a1, s.k[0], s.dz, first);
       add_products(a2, s.du, s.d2, last);
     }
-    add_products(a2, s.h, s.last, last);
+    add_products(a2, s.h, d_output, last);
     if (!has_gain() || thread >= kD) return;
     for (int w = 0; w < kWarps; w++) s.gain[3][thread] += s.gain_sums[w][thread];
   }
@@ -703,27 +688,12 @@ MAL_KERNEL(kThreads, 1) memory_backward(mal_memory_update_bwd_args a) {
 #endif
 }
 
-template <class T, int kD>
-int start(const mal_memory_update_bwd_args& a) {
-  constexpr size_t kBytes = sizeof(Shared<T, kD>);
-  static_assert(kBytes <= 227 * 1024, "more than a block may have on Hopper");
-  unsigned blocks = blocks_for(a.call.E, units_for(kD));
-  if (!blocks) return kInvalidArgument;
-  dim3 grid = {blocks, static_cast<unsigned>(a.call.H), static_cast<unsigned>(a.call.rows)};
-  return launch(memory_backward<T, kD>, grid, {kThreads, 1, 1}, kBytes, blocks, a.stream, a);
-}
-
 }  // namespace
 }  // namespace mal::memory
 
 MAL_API int mal_memory_update_bwd(const mal_memory_update_bwd_args* a) {
   using namespace mal::memory;
-  const mal_memory_call& call = a->call;
-  if (call.D % 8 || call.D > 128) return mal::kInvalidArgument;
-  bool is_narrow = call.D <= 64;
-  if (call.dtype == MAL_FLOAT16)
-    return is_narrow ? start<mal::fp16, 64>(*a) : start<mal::fp16, 128>(*a);
-  if (call.dtype == MAL_BFLOAT16)
-    return is_narrow ? start<mal::bf16, 64>(*a) : start<mal::bf16, 128>(*a);
-  return mal::kInvalidArgument;
+  return for_type_of(a->call, [&]<class T, int kD>() {
+    return launch_rows<Shared<T, kD>>(memory_backward<T, kD>, a->call, a->stream, *a);
+  });
 }

@@ -13,18 +13,35 @@ namespace mal::memory {
 
 constexpr float kLayerNormEpsilon = 1e-5f;
 
+// kRows x kColumns numbers in shared memory: what ldmatrix takes.
+template <class T, int kRows, int kColumns>
+struct alignas(16) Tile {
+  using Number = T;
+  using Row = T[kColumns + kPad];
+  Row rows[kRows];
+  MAL_DEVICE Row& operator[](int row) { return rows[row]; }
+  MAL_DEVICE const Row& operator[](int row) const { return rows[row]; }
+};
+
+// `memory`, whose numbers are not needed any more, as something else.
+template <class As, class From>
+MAL_DEVICE As& in_place_of(From& memory) {
+  static_assert(sizeof(As) <= sizeof(From), "does not fit");
+  return reinterpret_cast<As&>(memory);
+}
+
 template <class T, int kD>
 struct Factors {
   using Number = T;
   static constexpr int kFeatures = kD, kHidden = units_for(kD);
-  T k[2][kTokens][kD + kPad];
-  T v[2][kTokens][kD + kPad];
-  T w1[kD][kHidden + kPad];  // the anchor
-  T w2[kHidden][kD + kPad];
-  T h[kTokens][kHidden + kPad];
-  T d1[kTokens][kHidden + kPad];
+  Tile<T, kTokens, kD> k[2];
+  Tile<T, kTokens, kD> v[2];
+  Tile<T, kD, kHidden> w1;  // the anchor
+  Tile<T, kHidden, kD> w2;
+  Tile<T, kTokens, kHidden> h;
+  Tile<T, kTokens, kHidden> d1;
   float slope[kTokens][kHidden + kPad];  // z, then act'(z); each number its thread's own
-  T d2[kTokens][kD + kPad];
+  Tile<T, kTokens, kD> d2;
   // this block's part of h W2, in turns: one may be read by another block while the next is written
   float part[2][kTokens][kD + 4];
   float hidden_norm[2][kTokens];  // likewise ‖h‖²
@@ -74,12 +91,12 @@ MAL_DEVICE float curvature(int64_t activation, const float z) {
   return 0;
 }
 
-// Fragments of operands in shared memory, with rows of kPitch numbers.
-template <class T, int kPitch>
-MAL_DEVICE void load(uint32_t (&r)[4], const T (*tile)[kPitch], int row, int column, bool straight,
+// Fragments of operands in shared memory.
+template <class AnyTile>
+MAL_DEVICE void load(uint32_t (&r)[4], const AnyTile& tile, int row, int column, bool straight,
                      bool transposed) {
   Place p = matrix_row_of(threadIdx.x % 32, straight);
-  const T* from = &tile[row + p.row][column + p.column];
+  const void* from = &tile[row + p.row][column + p.column];
   if (transposed)
     load_matrices_transposed(r, from);
   else
@@ -87,9 +104,9 @@ MAL_DEVICE void load(uint32_t (&r)[4], const T (*tile)[kPitch], int row, int col
 }
 
 // sum[16, 8 kCount] += a[row.., :] b[:, column..]; b is stored [k][n], or [n][k] if kTransposed.
-template <int kDepth, bool kTransposed, class T, int kCount, int kPitchA, int kPitchB>
-MAL_DEVICE void multiply(float (&sum)[kCount][4], const T (*a)[kPitchA], int row,
-                         const T (*b)[kPitchB], int column) {
+template <int kDepth, bool kTransposed, int kCount, class A, class B>
+MAL_DEVICE void multiply(float (&sum)[kCount][4], const A& a, int row, const B& b, int column) {
+  using T = typename A::Number;
 #pragma unroll 2
   for (int k = 0; k < kDepth; k += 16) {
     uint32_t fa[4];
@@ -126,6 +143,8 @@ template <class Shared>
 struct Tiles {
   using T = typename Shared::Number;
   static constexpr int kD = Shared::kFeatures, kHidden = Shared::kHidden;
+  using Tokens = Tile<T, kTokens, kD>;      // what a tile has by features
+  using Units = Tile<T, kTokens, kHidden>;  // and by this block's hidden units
   // groups of warps along the rows of a tile, W1 and W2, and the 8-column parts of each warp of
   // what a tile has by features and by hidden units, and of W1 and W2
   static constexpr int kTile = kTokens / 16, kFirst = kD / 16, kLast = kHidden / 16;
@@ -245,8 +264,8 @@ struct Tiles {
   }
 
   // What the products read becomes `w`, or what the caller gives instead.
-  template <int kCount, int kPitch>
-  MAL_DEVICE void set_layer(T (*tile)[kPitch], const float (&w)[kCount][4], Place part,
+  template <int kCount, class Matrix>
+  MAL_DEVICE void set_layer(Matrix& tile, const float (&w)[kCount][4], Place part,
                             const Slice& slice, const float* given) const {
     slice.each(w, [&](int n, int i, int64_t at) {
       Place p = accumulator_of(lane, i);
@@ -273,7 +292,7 @@ struct Tiles {
     copy_commit();
   }
 
-  MAL_DEVICE void fetch(T (*tile)[kD + kPad], const void* from, int token, int count) const {
+  MAL_DEVICE void fetch(Tokens& tile, const void* from, int token, int count) const {
 #pragma unroll 1
     for (int i = 0; i < kTokens * kD / 8 / kThreads; i++) {
       Place p = copy_of(thread, i, kD);
@@ -326,16 +345,27 @@ struct Tiles {
       s.f = w, s.epsilon = e, s.beta = beta;
   }
 
-  // Calls `each` with every number of a tile of hidden units that this thread computes.
-  template <class Each>
-  MAL_DEVICE void each_narrow(Each each) const {
+  // Calls `each` with the row and column of every number of a product whose `kCount` parts of 8
+  // columns, from `part` on, are this warp's.
+  template <int kCount, class Each>
+  MAL_DEVICE void each_of(Place part, Each each) const {
 #pragma unroll
-    for (int n = 0; n < kNarrow; n++)
+    for (int n = 0; n < kCount; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         Place p = accumulator_of(lane, i);
-        each(n, i, narrow.row + p.row, narrow.column + 8 * n + p.column);
+        each(n, i, part.row + p.row, part.column + 8 * n + p.column);
       }
+  }
+
+  // That of a tile of hidden units, and of one of features.
+  template <class Each>
+  MAL_DEVICE void each_narrow(Each each) const {
+    each_of<kNarrow>(narrow, each);
+  }
+  template <class Each>
+  MAL_DEVICE void each_wide(Each each) const {
+    each_of<kWide>(wide, each);
   }
 
   // h = act(K W1), and act'(K W1)
@@ -353,7 +383,7 @@ struct Tiles {
   }
 
   // What the last layer is given where it is the only one: features as hidden units.
-  MAL_DEVICE void take_units(const T (*x)[kD + kPad], T (*to)[kHidden + kPad]) const {
+  MAL_DEVICE void take_units(const Tokens& x, Units& to) const {
     each_narrow([&](int, int, int token, int unit) {
       int feature = rank * kHidden + unit;
       to[token][unit] = feature < kD ? x[token][feature] : from_float<T>(0);
@@ -362,7 +392,7 @@ struct Tiles {
 
   // act(z), and act'(z) into `slope`.
   template <class Also>
-  MAL_DEVICE void activate_all(const float (&z)[kNarrow][4], T (*to)[kHidden + kPad], Also also) {
+  MAL_DEVICE void activate_all(const float (&z)[kNarrow][4], Units& to, Also also) {
     each_narrow([&](int n, int i, int token, int unit) { s.slope[token][unit] = z[n][i]; });
 #pragma unroll 1  // one copy of the code of all activations
     for (int j = 0; j < 4 * kNarrow; j++) {
@@ -384,17 +414,13 @@ struct Tiles {
   }
 
   MAL_DEVICE void store_part(const float (&o)[kWide][4], int turn) {
-#pragma unroll
-    for (int n = 0; n < kWide; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        Place p = accumulator_of(lane, i);
-        s.part[turn][wide.row + p.row][wide.column + 8 * n + p.column] = o[n][i];
-      }
+    each_wide([&](int n, int i, int token, int feature) {
+      s.part[turn][token][feature] = o[n][i];
+    });
   }
 
   // ‖·‖² of the rows of a tile of hidden units.
-  MAL_DEVICE void square_rows(const T (*tile)[kHidden + kPad], float* to) const {
+  MAL_DEVICE void square_rows(const Units& tile, float* to) const {
     float sum = 0;
     int token = thread / kSharing, share = thread % kSharing;
     for (int unit = share; unit < kHidden; unit += kSharing) {
@@ -423,7 +449,7 @@ struct Tiles {
   MAL_DEVICE Vector<float, 4> four_over_blocks(float* from) const {
     Vector<float, 4> sum = {};
     for (int r = 0; r < blocks; r++) {
-      auto four = *reinterpret_cast<const Vector<float, 4>*>(map_shared(from, r));
+      auto four = four_at(*map_shared(from, r));
 #pragma unroll
       for (int j = 0; j < 4; j++) sum.at[j] += four.at[j];
     }
@@ -467,7 +493,7 @@ struct Tiles {
 #pragma unroll 2
     for (int i = 0; i < kShare; i += 4) {
       auto sum = four_over_blocks(&s.part[turn][thread / kSharing][feature_of(i)]);
-      *reinterpret_cast<Vector<float, 4>*>(o + feature_of(i)) = sum;
+      four_at(o[feature_of(i)]) = sum;
       total += sum.at[0] + sum.at[1] + sum.at[2] + sum.at[3];
     }
     return total;  // columns beyond D are zero
@@ -554,20 +580,24 @@ struct Tiles {
     if (has_gain()) scale_row<kD>(s.part[1 - turn][t], s.clip[t]);
   }
 
-  template <int kWidth, class Number>
-  MAL_DEVICE void scale_row(Number* x, float factor) const {
+  template <int kWidth, class Row>
+  MAL_DEVICE void scale_row(Row&& x, float factor) const {
 #pragma unroll 2
     for (int i = 0; i < kWidth / kSharing; i += 4) {
-      auto& four = *reinterpret_cast<Vector<Number, 4>*>(x + feature_of(i));
-#pragma unroll
-      for (int j = 0; j < 4; j++) four.at[j] = from_float<Number>(to_float(four.at[j]) * factor);
+      scale(four_at(x[feature_of(i)]), factor);
     }
   }
 
+  template <class Number>
+  MAL_DEVICE static void scale(Vector<Number, 4>& four, float factor) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) four.at[j] = from_float<Number>(to_float(four.at[j]) * factor);
+  }
+
   // w += (on_w ⊙ x)ᵀ d and trace += (on_s ⊙ x)ᵀ d, over the tile's tokens.
-  template <int kCount, int kPitchX, int kPitchD>
-  MAL_DEVICE void add_gradients(float (&w)[kCount][4], float (&trace)[kCount][4],
-                                const T (*x)[kPitchX], const T (*d)[kPitchD], Place part) {
+  template <int kCount, class X, class D>
+  MAL_DEVICE void add_gradients(float (&w)[kCount][4], float (&trace)[kCount][4], const X& x,
+                                const D& d, Place part) {
 #pragma unroll 1
     for (int t = 0; t < kTokens; t += 16) {
       uint32_t fx[4], of_w[4], of_s[4];
@@ -590,5 +620,30 @@ struct Tiles {
     }
   }
 };
+
+// Launches a cluster for each head of each row, with `Shared` for each of its blocks.
+template <class Shared, class Arguments>
+int launch_rows(void (*kernel)(Arguments), const mal_memory_call& call, void* stream,
+                const Arguments& arguments) {
+  static_assert(sizeof(Shared) <= 227 * 1024, "more than a block may have on Hopper");
+  unsigned blocks = blocks_for(call.E, Shared::kHidden);
+  if (!blocks) return kInvalidArgument;
+  dim3 grid = {blocks, static_cast<unsigned>(call.H), static_cast<unsigned>(call.rows)};
+  return launch(kernel, grid, {kThreads, 1, 1}, sizeof(Shared), blocks, stream, arguments);
+}
+
+// Calls `start` with the type of the call's tokens and the features that its kernel is made for.
+template <class Start>
+int for_type_of(const mal_memory_call& call, Start start) {
+  if (call.D % 8 || call.D > 128) return kInvalidArgument;
+  bool is_narrow = call.D <= 64;
+  if (call.dtype == MAL_FLOAT16)
+    return is_narrow ? start.template operator()<fp16, 64>()
+                     : start.template operator()<fp16, 128>();
+  if (call.dtype == MAL_BFLOAT16)
+    return is_narrow ? start.template operator()<bf16, 64>()
+                     : start.template operator()<bf16, 128>();
+  return kInvalidArgument;
+}
 
 }  // namespace mal::memory

@@ -188,9 +188,10 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
     momentum_scan.scan_bwd(x, x, x, x, *inputs)
     state = [torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 5, 4)]
     x = x.half()
-    given = (x, x, x, gate, gate, gate, state, state, [], [], None, None, 8, "token", "relu")
-    neural_memory.memory_fwd(*given, False, None, keeps=False)
-    neural_memory_backward.memory_bwd(gate, state, state, [], *given[1:], False, None)
+    options = (8, "token", "relu", False, None)
+    call = neural_memory.Call(x, x, x, *[gate] * 3, state, state, [], [], None, None, *options)
+    neural_memory.memory_fwd(call, keeps=False)
+    neural_memory_backward.memory_bwd(gate, state, state, [], call)
     monkeypatch.setattr(aligned_residual_read, "multiprocessors", lambda _: 132)
     index = torch.zeros(2, dtype=torch.int64)
     aligned_residual_read.aligned_fwd(x[0], index, index, state, [x] * 4, "relu", False)

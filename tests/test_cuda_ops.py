@@ -263,7 +263,8 @@ def test_states_before_tiles(device):
     states = [*map(list, given.state[:2]), [], [], None, None]
     first = torch.ones(1, dtype=torch.int64, device=device)
     options = inputs.options.values()
-    neural_memory.memory_fwd(*given[:6], *states, *options, keeps=True, tiles=(*tiles, first))
+    call = neural_memory.Call(*given[:6], *states, *options)
+    neural_memory.memory_fwd(call, keeps=True, tiles=(*tiles, first))
     for slot, tokens in [(1, 0), (2, 64), (3, 128), (4, 130)]:
         cut = [x[:, :tokens] for x in inputs[:6]]
         before = written(ops.memory_update, (*cut, *inputs[6:]), device, backend="cuda")

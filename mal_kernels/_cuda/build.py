@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 TARGETS = ("80", "90a", "100")  # compute capabilities; each also serves later minor ones
 LIBRARY = "libmal_kernels.so"
-FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
+FLAGS = ("-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
 # nothing may spill or use local memory; for developers, another nvcc may spill a little
 GATE = ("-Xptxas=-warn-spills,-warn-lmem-usage,-Werror",)
 

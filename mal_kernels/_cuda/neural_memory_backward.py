@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .neural_memory import call_fields, memory_fwd, state_fields
+from .neural_memory import Call, memory_fwd, state_fields
 
 TILE = 64  # tokens, kTokens of csrc/memory_update.h
 
@@ -16,33 +16,18 @@ def memory_bwd(
     d_weights: list[Tensor],
     d_trace: list[Tensor],
     d_anchor: list[Tensor],
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    weights: list[Tensor],
-    trace: list[Tensor],
-    anchor: list[Tensor],
-    init: list[Tensor],
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    step: str,
-    activation: str,
-    residual_norm: bool,
-    max_grad_norm: float | None,
+    call: Call,
 ) -> list[Tensor]:
-    """Gradients of the tensors that are given, in order; arguments as of :func:`memory_fwd`.
+    """Gradients of the tensors that are given, in order.
 
     The write is run again and keeps the state before every tile of 64 tokens, or of a chunk where
     chunks are shorter.
     """
-    given = (None, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens)
-    options = (chunk_size, step, activation, residual_norm, max_grad_norm)
-    first_tile, count = tiles(k, len(weights[0]), chunk_size, position, cu_seqlens)
+    call = call._replace(q=None)
+    _, k, v, lr, momentum, decay, weights, trace, anchor, init, *_ = call
+    first_tile, count = tiles(call)
     kept = [[w.new_empty(count, *w.shape[1:]) for w in weights] for _ in range(2)]
-    memory_fwd(*given, *options, keeps=False, tiles=(kept[0], kept[1], first_tile))
+    memory_fwd(call, keeps=False, tiles=(kept[0], kept[1], first_tile))
     d_k, d_v = (x.new_empty(x.shape) for x in (k, v))
     d_lr = lr.new_empty(lr.shape, dtype=torch.float32)
     # a row without tokens has a chunk gate and no tile
@@ -62,11 +47,11 @@ def memory_bwd(
         d_anchor=d_state[2],
         d_init=d_init,
     )
-    fields = {name: state_fields(name, x, residual_norm) for name, x in states.items()}
+    fields = {name: state_fields(name, x, call.residual_norm) for name, x in states.items()}
     library.launch(
         "mal_memory_update_bwd",
         k.device,
-        **call_fields(*given, *options),
+        **call.fields(),
         **fields["tile_weights"],
         **fields["tile_trace"],
         first_tile=first_tile,
@@ -89,21 +74,16 @@ def memory_bwd(
     return [d_k, d_v, *d_given, *(w for x in (*d_state, d_init) for w in x)]
 
 
-def tiles(
-    k: Tensor, rows: int, chunk_size: int | None, position: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, int]:
+def tiles(call: Call) -> tuple[Tensor, int]:
     """``[rows]`` int64: each row's first tile among those of all rows; and a bound of their number.
 
     A tile ends where its chunk or its row ends, so besides those of whole chunks a row has at most
     one that is not full, and one more if it begins inside a chunk.
     """
-    size = chunk_size or max(k.shape[1], 1)
+    size, rows, position = call.size, call.rows, call.position
     per_chunk = -(-size // TILE)
-    bound = k.shape[:2].numel() * per_chunk // size + rows * (1 if position is None else 2)
-    if cu_seqlens is None:
-        lengths = torch.full((rows,), k.shape[1], dtype=torch.int64, device=k.device)
-    else:
-        lengths = cu_seqlens.diff().long()
+    bound = call.k.shape[:2].numel() * per_chunk // size + rows * (1 if position is None else 2)
+    lengths = call.lengths()
     before = lengths.new_zeros(rows) if position is None else -position % size
     before = torch.minimum(before, lengths)  # tokens of a row's first chunk, if it is inside one
     rest = lengths - before

@@ -75,11 +75,12 @@ def _forward(
     if backend == "cuda":
         from .._cuda import neural_memory as cuda
 
-        return cuda.memory_fwd(
+        call = cuda.Call(
             q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
             chunk_size, step, activation, residual_norm, max_grad_norm,
-            keeps=keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step),
         )  # fmt: skip
+        keeps = keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step)
+        return cuda.memory_fwd(call, keeps=keeps)
     state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
     with full_precision(k.device):
         output, new, surprise = reference.neural_memory(
@@ -167,13 +168,14 @@ def _backward(
         )  # fmt: skip
 
     if backend == "cuda":
-        from .._cuda import neural_memory_backward as cuda
+        from .._cuda.neural_memory import Call
+        from .._cuda.neural_memory_backward import memory_bwd as cuda_bwd
 
-        return cuda.memory_bwd(
-            d_surprise, d_weights, d_trace, d_anchor,
-            k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
+        call = Call(
+            q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
             chunk_size, step, activation, residual_norm, max_grad_norm,
         )  # fmt: skip
+        return cuda_bwd(d_surprise, d_weights, d_trace, d_anchor, call)
     state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
     d_state = MemoryState(tuple(d_weights), tuple(d_trace), tuple(d_anchor) or None)
     with full_precision(k.device):
