@@ -252,17 +252,18 @@ def chunk_read_bwd(t, g, p_dy, p_dq, i_th, m_t, p_w, M: tl.constexpr):
     o_d = tl.arange(0, M.BD)
     m_d = o_d < M.D
     b_q = load_tile(t.q, i_th, m_t, 0, M.BD, M.D, M)  # [BT, BD]
-    b_do = load_tile(p_dy, i_th, m_t, 0, M.BD, M.D, M)
-    b_dq = tl.zeros([M.BT, M.BD], tl.float32)
     if M.RESIDUAL_NORM:
         b_o, _ = network(b_q, t.q, i_th, m_t, p_w, M)
         b_gain = 1 + tl.load(p_w + M.GAIN + o_d, mask=m_d, other=0.0)[None, :]
-        b_dq = b_do.to(tl.float32)
+        b_dq = load_tile(p_dy, i_th, m_t, 0, M.BD, M.D, M).to(tl.float32)
         b_dx, b_dgamma = norm_bwd(b_dq, b_o, b_gain, m_d, M)
         b_do = b_dx.to(b_q.dtype)
         store_tile(g.oq, b_do, i_th, m_t, 0, M.BD, M.D, M)
         store_tile(g.gq, b_dgamma, i_th, m_t, 0, M.BD, M.D, M)
-    for i_e in range(0, M.E, M.BE):
+    else:
+        b_do = load_tile(p_dy, i_th, m_t, 0, M.BD, M.D, M)
+        b_dq = tl.zeros([M.BT, M.BD], tl.float32)
+    for i_e in tl.range(0, M.E, M.BE, disable_licm=True):
         b_dz = dot(
             b_do, tl.trans(load_part(p_w + M.LAST, i_e, 0, M.BE, M.BD, M.E, M.D))
         )  # [BT, BE]

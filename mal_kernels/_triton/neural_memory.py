@@ -53,7 +53,9 @@ from .write import Factors, factors_fwd_kernel, state_fwd_kernel, write_fwd_kern
 WALKED = 128  # tokens of the longest chunk that one program walks
 
 
-def tile_rule(length: int, chunk: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def tile_rule(
+    length: int, chunk: int, dim: int, depth: int, dtype: torch.dtype
+) -> tuple[int, int, int]:
     """Tokens of a tile, hidden units of a slice and warps of a program: one choice per size.
 
     Chosen so that none spills on Hopper (``SWEEP`` below); which is fastest only a GPU can tell.
@@ -62,9 +64,9 @@ def tile_rule(length: int, chunk: int, dim: int, dtype: torch.dtype) -> tuple[in
     """
     half = dtype.itemsize == 2
     tile = min(64 if half and dim <= 64 and length > 256 else 16, power_of_2(chunk))
-    if tile > 16:
-        return tile, 32 if tile == 64 and dim > 32 else 16, 8
-    return tile, 32 if half or dim <= 64 else 16, 4 if dim <= 32 else 8
+    if tile == 16 or (tile == 32 and depth == 1 and dim <= 32):
+        return tile, 32 if half or dim <= 64 else 16, 4 if dim <= 32 else 8
+    return tile, 32 if tile == 64 and dim > 32 else 16, 8
 
 
 class Layout(NamedTuple):
@@ -117,7 +119,7 @@ class Layout(NamedTuple):
         rows, depth = weights[0].shape[0], len(weights) - residual_norm
         width = weights[0].shape[3] if depth == 2 else dim
         size = chunk_size or max(length, 1)
-        tile, slice_width, warps = tile_rule(length, size, dim, tokens.k.dtype)
+        tile, slice_width, warps = tile_rule(length, size, dim, depth, tokens.k.dtype)
         per_chunk = triton.cdiv(size, tile)
         columns = length + (0 if position is None else size - 1)
         plain = Static(
@@ -650,6 +652,10 @@ def _sweep() -> Iterator[tuple[str, Callable[[], object]]]:
                     width = dim if depth == 1 else 4 * dim
                     turn = dict(depth=depth, step="chunk", ragged=True, residual_norm=True)
                     yield f"{kind}, turn", _example(112, dim, width, None, dtype, **turn)
+    yield "D48 depth 1, norm, bf16", _all_options(48, torch.bfloat16, 1)
+    for dim in (64, 128):
+        whole = _all_options(dim, torch.bfloat16, tokens=1024, chunk_size=None)
+        yield f"D{dim} depth 2, norm, bf16, whole call", whole
 
 
 # for `python -m mal_kernels._triton.aot`

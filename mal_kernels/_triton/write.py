@@ -187,7 +187,7 @@ def advance_layer(
     before = (state_index(first, n_tiles, i_n, slot, N, M) * M.H + i_h) * M.P + OFFSET
     b_w = load_part(s.weights + before, i_x, i_y, BX, BY, X, Y)
     b_s = load_part(s.trace + before, i_x, i_y, BX, BY, X, Y)
-    for n in range(first, end):
+    for n in tl.range(first, end, disable_licm=True):
         i_t, m_t = tile_tokens(i_c, n - first, length, start, C, M)
         i_th = (begin + i_t) * M.H + i_h
         b_x = load_tile(p_x, i_th, m_t, i_x, BX, X, M)
@@ -241,7 +241,7 @@ def advance_gain(
     o_before = (state_index(first, n_tiles, i_n, slot, N, M) * M.H + i_h) * M.P + M.GAIN + o_d
     b_w = tl.load(s.weights + o_before, mask=m_d, other=0.0)
     b_s = tl.load(s.trace + o_before, mask=m_d, other=0.0)
-    for n in range(first, end):
+    for n in tl.range(first, end, disable_licm=True):
         i_t, m_t = tile_tokens(i_c, n - first, length, start, C, M)
         i_th = (begin + i_t) * M.H + i_h
         b_y = load_tile(f.dg, i_th, m_t, 0, M.BD, M.D, M).to(tl.float32)
