@@ -41,7 +41,7 @@ MAL_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 // The block's dynamic shared memory.
 template <class T>
 MAL_DEVICE T* shared() {
-  extern __shared__ __align__(128) unsigned char mal_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char mal_shared_memory[];
   return reinterpret_cast<T*>(mal_shared_memory);
 }
 
@@ -100,9 +100,10 @@ int launch_together(void (*kernel)(Arguments), unsigned blocks, dim3 block, size
 // Waits for all threads of launch_together(); what they wrote to memory is then seen by all.
 MAL_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// x = index, which the compiler does not see to be the same.
+// x = index, of which the compiler then sees no more than that it is not negative.
 MAL_DEVICE void reread(unsigned index, int& x) {
   asm volatile("mov.u32 %0, %1;" : "=r"(x) : "r"(index));
+  __builtin_assume(x >= 0);
 }
 
 // A cluster of one block needs no hardware for clusters; compiled for sm_80 there is no other.
@@ -114,8 +115,31 @@ MAL_DEVICE unsigned cluster_rank() {
 #endif
 }
 
-// Waits for all threads of the cluster; what they wrote to shared memory is then seen by all.
+// Whether there is wgmma: on Hopper alone. -DMAL_MMA_SYNC leaves it out there too.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(MAL_MMA_SYNC)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
+// What this thread has written to shared memory is then seen by wgmma, which reads it past the
+// caches of other instructions (PTX: the async proxy).
+MAL_DEVICE void fence_proxy_async() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Waits for all threads of the block; what they wrote to shared memory is then seen by all, and by
+// wgmma.
+MAL_DEVICE void block_sync() {
+  if (kHasWgmma) fence_proxy_async();
+  __syncthreads();
+}
+
+// Likewise of the cluster.
 MAL_DEVICE void cluster_sync() {
+  if (kHasWgmma) fence_proxy_async();
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();
 #else
@@ -131,6 +155,11 @@ MAL_DEVICE T* map_shared(T* p, unsigned rank) {
 #else
   return p;
 #endif
+}
+
+// Where `p` stands in the block's shared memory.
+MAL_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // Starts bringing the line of 128 bytes with `p` to L2.
@@ -152,28 +181,119 @@ MAL_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// --- products of a warpgroup -------------------------------------------------------------------
+
+// No register of an accumulator is moved across.
+template <int kCount>
+MAL_DEVICE void hold(float (&c)[kCount][4]) {
+#pragma unroll
+  for (int n = 0; n < kCount; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) asm volatile("" : "+f"(c[n][i])::"memory");
+}
+
+// Before products whose accumulators, or whose a in registers, other instructions have written.
+template <int... kCounts>
+MAL_DEVICE void wgmma_fence(float (&... c)[kCounts][4]) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  (hold(c), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+MAL_DEVICE void wgmma_commit() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+// Until at most kGroups groups of products are under way; those that write to `c` are not.
+template <int kGroups, int... kCounts>
+MAL_DEVICE void wgmma_wait(float (&... c)[kCounts][4]) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+  (hold(c), ...);
+#endif
+}
+
+// Of an operand in shared memory: its k are numbers of a row, or rows.
+enum Major { kMajorK, kMajorMN };
+
+// as operands of asm: c[count][4], and their names
+#define MAL_FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define MAL_C2 MAL_FOUR(0), MAL_FOUR(1)
+#define MAL_C4 MAL_C2, MAL_FOUR(2), MAL_FOUR(3)
+#define MAL_C8 MAL_C4, MAL_FOUR(4), MAL_FOUR(5), MAL_FOUR(6), MAL_FOUR(7)
+#define MAL_NAMES2 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define MAL_NAMES4 MAL_NAMES2 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define MAL_NAMES8 \
+  MAL_NAMES4 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+// p is true: what c was is added; 1, 1: the signs of a and b
+#define MAL_WGMMA(names, shape, type, operands)                          \
+  "{.reg .pred p; setp.eq.u32 p, 0, 0;\n"                                \
+  "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names \
+  "}, " operands ";}"
+// Both overloads for one N = 8 count: `shared` and `registers` name the operands behind c.
+#define MAL_WGMMAS(count, shape, shared, registers, T, type)                                      \
+  template <Major kA, Major kB>                                                                   \
+  MAL_DEVICE void wgmma(float (&c)[count][4], uint64_t a, uint64_t b, T) {                        \
+    asm volatile(MAL_WGMMA(MAL_NAMES##count, shape, type, shared)                                 \
+                 : MAL_C##count                                                                   \
+                 : "l"(a), "l"(b), "n"(int{kA}), "n"(int{kB}));                                   \
+  }                                                                                               \
+  template <Major kB>                                                                             \
+  MAL_DEVICE void wgmma(float (&c)[count][4], const uint32_t (&a)[4], uint64_t b, T) {            \
+    asm volatile(MAL_WGMMA(MAL_NAMES##count, shape, type, registers)                              \
+                 : MAL_C##count                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int{kB}));             \
+  }
+#define MAL_WGMMAS_OF(T, type)                                                                    \
+  MAL_WGMMAS(2, "m64n16k16", "%8,%9,p,1,1,%10,%11", "{%8,%9,%10,%11},%12,p,1,1,%13", T, type)     \
+  MAL_WGMMAS(4, "m64n32k16", "%16,%17,p,1,1,%18,%19", "{%16,%17,%18,%19},%20,p,1,1,%21", T, type) \
+  MAL_WGMMAS(8, "m64n64k16", "%32,%33,p,1,1,%34,%35", "{%32,%33,%34,%35},%36,p,1,1,%37", T, type)
+
+// Starts c[64, 8 kCount] += a[64, 16] b[16, 8 kCount], by four warps, of operands that Swizzle's
+// descriptors tell of. A warp has 16 rows of c: the fragments of kCount products of m16n8k16 next
+// to each other. Or of a in registers, the fragment of m16n8k16.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+MAL_WGMMAS_OF(bf16, "bf16")
+MAL_WGMMAS_OF(fp16, "f16")
+#else  // never called
+template <Major kA, Major kB, int kCount, class T>
+MAL_DEVICE void wgmma(float (&)[kCount][4], uint64_t, uint64_t, T) {}
+template <Major kB, int kCount, class T>
+MAL_DEVICE void wgmma(float (&)[kCount][4], const uint32_t (&)[4], uint64_t, T) {}
+#endif
+#undef MAL_FOUR
+#undef MAL_C2
+#undef MAL_C4
+#undef MAL_C8
+#undef MAL_NAMES2
+#undef MAL_NAMES4
+#undef MAL_NAMES8
+#undef MAL_WGMMA
+#undef MAL_WGMMAS
+#undef MAL_WGMMAS_OF
+
+// --- a warp's matrices -------------------------------------------------------------------------
+
 // Four 8x8 matrices of 16-bit numbers; lane i gives the address of row i % 8 of matrix i / 8.
 MAL_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(shared_address(row))
                : "memory");
 }
 MAL_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(shared_address(row))
                : "memory");
 }
 
 // Starts copying 16 bytes from global to shared memory; zeros if not `exists` (`from` must still be
 // a valid address). Done after copy_wait<n>() with at most n groups of copies started later.
 MAL_DEVICE void copy_async(void* to, const void* from, bool exists) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(exists ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 }
 MAL_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

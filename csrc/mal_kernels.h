@@ -104,14 +104,44 @@ struct mal_memory_update_args {
 };
 MAL_API int mal_memory_update(const mal_memory_update_args*);
 
-// Its gradients; those of what is not given are null.
+// What the gradients of the read leave to those of the write. With chunk steps that is tile_weights
+// alone, and of the anchor.
+struct mal_read_gradients {
+  mal_state tile_weights, tile_trace;  // of the state before every tile, as of mal_memory_update
+  mal_state tile_init;                 // what each tile gives to init, likewise
+  float* rate;      // [B, T, H], of lr times how much the inner gradient is clipped
+  float* momentum;  // [B, T, H]
+  float* decay;
+  float* k;     // [B, T, H, D]
+  float* h;     // [B, T, H, E], of what the last layer is given: at depth 1 the keys
+  float* d1;    // [B, T, H, E], of δ1; null at depth 1
+  float* d2;    // [B, T, H, D]
+  float* gain;  // [B, T, H, D], of the inner gradient of gain
+};
+
+// The gradients of the causal read, given what the write left before every tile.
+struct mal_memory_read_bwd_args {
+  mal_memory_call call;
+  int64_t tiles;  // at least as many as all rows have
+  mal_state tile_weights, tile_trace;
+  const int64_t* first_tile;
+  const void* d_output;  // [B, T, H, D] of dtype
+  void* d_q;             // likewise
+  mal_read_gradients to;
+  void* stream;
+};
+MAL_API int mal_memory_read_bwd(const mal_memory_read_bwd_args*);
+
+// The gradients of the write, and with those of the read of both; those of what is not given are
+// null.
 struct mal_memory_update_bwd_args {
-  mal_memory_call call;  // of the write
+  mal_memory_call call;  // without q
   mal_state tile_weights, tile_trace;  // what the write left there
   const int64_t* first_tile;
   const float* d_surprise;  // [B, T, H]
   mal_state d_new_weights, d_new_trace;
-  mal_state d_new_anchor;  // or nulls
+  mal_state d_new_anchor;   // or nulls
+  mal_read_gradients read;  // or nulls
   void* d_k;  // [B, T, H, D] of dtype
   void* d_v;
   float* d_lr;        // [B, T, H]

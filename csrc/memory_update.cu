@@ -24,7 +24,7 @@ struct Memory : Read<Reading<T, kD>> {
   using Base::is_deep, Base::has_gain, Base::gain_at, Base::load_state, Base::store_weights;
   using Base::store_trace, Base::set_anchor, Base::fetch, Base::load_gates, Base::add_gradients;
   using Base::first_layer, Base::last_layer, Base::find_factors, Base::find_coefficients;
-  using Base::read, Base::store_output;
+  using Base::read, Base::store_output, Base::w1, Base::s1, Base::w2, Base::s2;
 
   const mal_memory_update_args& to;
 
@@ -36,6 +36,7 @@ struct Memory : Read<Reading<T, kD>> {
   MAL_DEVICE void advance(int count, int turn) {
     if (is_deep()) advance_layer(first_layer(), s.k[turn], s.d1);
     advance_layer(last_layer(), s.h, s.d2);
+    finish(w1, s1, w2, s2);
     if (has_gain() && thread < a.D) advance_gain(count, turn);
   }
 
@@ -92,7 +93,7 @@ struct Memory : Read<Reading<T, kD>> {
       locate();
       keep_states(token, tile, opens);
       copy_wait<0>();
-      __syncthreads();  // all of this tile is there; the last one is over
+      block_sync();  // all of this tile is there; the last one is over
       load_gates(token, count, chunk);
       if (a.q) fetch(s.q, a.q, token, count);
       copy_commit();
@@ -148,6 +149,7 @@ MAL_KERNEL(kThreads, 1) memory_forward(mal_memory_update_args a) {
 MAL_API int mal_memory_update(const mal_memory_update_args* a) {
   using namespace mal::memory;
   return for_type_of(a->call, [&]<class T, int kD>() {
-    return launch_rows<Reading<T, kD>>(memory_forward<T, kD>, a->call, a->stream, *a);
+    return launch_clusters<Reading<T, kD>>(memory_forward<T, kD>, a->call, a->call.rows, a->stream,
+                                           *a);
   });
 }

@@ -1,14 +1,6 @@
 // Which thread holds what in memory_update.cu, and what it loads; for host and device.
 #pragma once
-#include <stdint.h>
-
-#ifndef MAL_LAYOUT
-#ifdef __CUDACC__
-#define MAL_LAYOUT __host__ __device__ inline
-#else
-#define MAL_LAYOUT inline
-#endif
-#endif
+#include "layout.h"
 
 namespace mal::memory {
 

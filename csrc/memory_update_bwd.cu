@@ -20,6 +20,9 @@
 //   anchor      dA1 += Kᵀ dz, dA2 += duᵀ δ2 + hᵀ do
 //   state       dS ← ε dS + f dW, dW ← β dW;  dW_init += (1 - β) dW
 //
+// Where tokens have read, memory_read_bwd.cu has run before: what it has left of dδ, of dx (k or h),
+// of dρ, of the gates and of the states is added to these.
+//
 // Sums over the hidden units are sums over the blocks: of o, of the scalars of a token, of dδ2 and
 // of dK, four times a tile.
 #include "memory_update_bwd.h"
@@ -60,8 +63,9 @@ struct Shared {
   float on_w[kTokens], on_s[kTokens];  // w and E
   float f_before[kTokens], after[kTokens], of_kept[kTokens], of_momentum[kTokens];  // of gates()
   float rate[kTokens], d_on_w[kTokens], d_on_s[kTokens];
-  float gain_on_w[kTokens], gain_on_s[kTokens];  // what γ gives to them
-  float rstd[kTokens], along[kTokens];           // of LayerNorm; ⟨d, normed⟩ / D σ
+  float gain_on_w[kTokens], gain_on_s[kTokens];       // what γ gives to them
+  float read_momentum[kTokens], read_decay[kTokens];  // what the read gives to the gates
+  float rstd[kTokens], along[kTokens];                // of LayerNorm; ⟨d, normed⟩ / D σ
   float norm[kTokens], k_norm[kTokens], h_norm[kTokens], d2_norm[kTokens];  // squares
   float d1_norm[kTokens];
   float clip[kTokens];  // q
@@ -73,16 +77,16 @@ struct Backward : Tiles<Shared<T, kD>> {
   using Base = Tiles<Shared<T, kD>>;
   using typename Base::Slice, typename Base::Tokens, typename Base::Units;
   using Base::a, Base::s, Base::thread, Base::lane, Base::warp, Base::rank, Base::blocks;
-  using Base::head, Base::row, Base::begin, Base::length, Base::chunk_size;
-  using Base::kHidden, Base::kTile, Base::kWide, Base::kNarrow, Base::kOfW1, Base::kOfW2;
-  using Base::kShare, Base::wide, Base::narrow, Base::first, Base::last;
-  using Base::w1, Base::s1, Base::w2, Base::s2, Base::first_slice, Base::last_slice;
-  using Base::gain_at, Base::is_deep, Base::has_gain, Base::load_layer, Base::store_layer;
-  using Base::load_state, Base::store_weights, Base::store_trace, Base::store_gain;
-  using Base::set_layer, Base::set_anchor, Base::fetch, Base::load_gates, Base::coefficients;
-  using Base::each_narrow, Base::each_wide, Base::hidden, Base::project, Base::over_sharing, Base::over_blocks;
-  using Base::four_over_blocks, Base::feature_of, Base::error_of, Base::sum_parts;
-  using Base::normalise, Base::clips, Base::locate;
+  using Base::head, Base::row, Base::begin, Base::length, Base::chunk_size, Base::kHidden;
+  using Base::kTile, Base::kWide, Base::kNarrow, Base::kOfW1, Base::kOfW2, Base::kShare, Base::wide;
+  using Base::narrow, Base::first, Base::last, Base::w1, Base::s1, Base::w2, Base::s2;
+  using Base::first_slice, Base::last_slice, Base::gain_at, Base::is_deep, Base::has_gain;
+  using Base::load_layer, Base::store_layer, Base::load_state, Base::store_weights;
+  using Base::store_trace, Base::store_gain, Base::set_layer, Base::set_anchor, Base::fetch;
+  using Base::load_gates, Base::coefficients, Base::each_narrow, Base::each_wide, Base::hidden;
+  using Base::project, Base::over_sharing, Base::over_blocks, Base::four_over_blocks;
+  using Base::feature_of, Base::error_of, Base::sum_parts, Base::normalise, Base::clips;
+  using Base::store_sums, Base::locate;
 
   const mal_memory_update_bwd_args& to;
   float (&part)[kTokens][kD + 4] = s.part[0];
@@ -253,16 +257,7 @@ struct Backward : Tiles<Shared<T, kD>> {
       through<false>(gx, sums, s.k[0], s.dw1, s.ds1, s.d1);
     }
     through<true>(gd, sums, s.d2, s.last[0], s.last[1], s.h);
-#pragma unroll
-    for (int j = 0; j < kSums; j++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float sum = sums[j][i];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        int token = narrow.row + accumulator_of(lane, 2 * i).row;
-        if (lane % 4 == 0) s.sums[warp / kTile][j][token] = sum;
-      }
+    store_sums(sums);
   }
 
   // g = -(w x dW + E x dS), and the sums of x dW and x dS with `y`.
@@ -313,10 +308,14 @@ struct Backward : Tiles<Shared<T, kD>> {
     float d_on_w = -over_units(kOnW, t) - s.gain_on_w[t];
     float d_on_s = -over_units(kOnS, t) - s.gain_on_s[t];
     float d_rate = s.on_w[t] * d_on_w + s.on_s[t] * d_on_s;
+    const int64_t at = t < count ? (begin + token + t) * a.H + head : -1;
+    d_rate += of_read(to.read.rate, at);
+    s.read_momentum[t] = of_read(to.read.momentum, at);
+    s.read_decay[t] = of_read(to.read.decay, at);
     s.rate[t] = rate;
     s.d_on_w[t] = d_on_w * rate, s.d_on_s[t] = d_on_s * rate;
     s.clip[t] = clips() && square > least ? -d_rate * rate / square : 0;
-    if (!rank && t < count) to.d_lr[(begin + token + t) * a.H + head] = d_rate * clip;
+    if (!rank && t < count) to.d_lr[at] = d_rate * clip;
   }
 
   // The gradients of momentum and decay: coefficients() backwards, by one thread.
@@ -355,20 +354,30 @@ struct Backward : Tiles<Shared<T, kD>> {
 #pragma unroll 1
     for (int t = 0; t < count; t++) {
       int64_t at = (begin + token + t) * a.H + head;
-      if (to.d_decay) to.d_decay[at] = -s.of_kept[t] - d_after * s.after[t];
-      if (to.d_momentum) to.d_momentum[at] = s.of_momentum[t] + d_w * s.on_w[t] + d_e * s.on_s[t];
+      if (to.d_decay) to.d_decay[at] = s.read_decay[t] - s.of_kept[t] - d_after * s.after[t];
+      if (to.d_momentum)
+        to.d_momentum[at] =
+            s.read_momentum[t] + s.of_momentum[t] + d_w * s.on_w[t] + d_e * s.on_s[t];
       d_w = s.momentum[t] * d_w + s.d_on_w[t];
       d_e = s.momentum[t] * d_e + s.d_on_s[t];
       d_after = (1 - s.decay[t]) * d_after + d_w;
     }
   }
 
+  // What the read gives to the number at `at`, if it exists and there was a read.
+  MAL_DEVICE float of_read(const float* from, int64_t at) const {
+    return from && at >= 0 ? from[at] : 0;
+  }
+
   // du, and what dz is but for the network's own part.
-  MAL_DEVICE void through_hidden(const float (&gx)[kNarrow][4],
-                                 const float (&gd)[kNarrow][4]) const {
+  MAL_DEVICE void through_hidden(const float (&gx)[kNarrow][4], const float (&gd)[kNarrow][4],
+                                 const TileOfRow& tile) const {
     each_narrow([&](int n, int i, int token, int unit) {
       float rate = s.rate[token], q = s.clip[token];
-      float of_d1 = rate * gx[n][i], of_h = rate * gd[n][i];
+      bool exists = token < tile.count && rank * kHidden + unit < a.E;
+      int64_t at = ((begin + tile.token + token) * a.H + head) * a.E + rank * kHidden + unit;
+      float of_h = rate * gd[n][i] + of_read(to.read.h, exists ? at : -1);
+      float of_d1 = rate * gx[n][i] + of_read(to.read.d1, exists ? at : -1);
       if (clips()) of_h += q * s.d2_norm[token] * to_float(s.h[token][unit]);
       float& dz = s.curve[token][unit];
       if (!is_deep()) {
@@ -387,8 +396,9 @@ struct Backward : Tiles<Shared<T, kD>> {
   MAL_DEVICE void from_units(float (&sum)[kWide][4], const Units& x, const Matrix& dw,
                              const Matrix& ds, const Units& y, const Matrix& w) const {
     float of_s[kWide][4] = {};
-    multiply<kHidden, kTransposed>(sum, x, wide.row, dw, wide.column);
-    multiply<kHidden, kTransposed>(of_s, x, wide.row, ds, wide.column);
+    start_multiply<kHidden, kTransposed>(sum, x, wide.row, dw, wide.column);
+    start_multiply<kHidden, kTransposed>(of_s, x, wide.row, ds, wide.column);
+    finish(sum, of_s);
     each_wide([&](int n, int i, int token, int) {
       sum[n][i] = -s.rate[token] * (s.on_w[token] * sum[n][i] + s.on_s[token] * of_s[n][i]);
     });
@@ -418,6 +428,11 @@ struct Backward : Tiles<Shared<T, kD>> {
         for (int j = 0; j < 4; j++) d_delta[i + j] += four.at[j];
       }
     }
+    if (to.read.d2) {
+#pragma unroll
+      for (int i = 0; i < kShare; i++)
+        d_delta[i] += of_read(to.read.d2, feature_at(feature_of(i), token, count));
+    }
     if (clips()) {
 #pragma unroll
       for (int i = 0; i < kShare; i++)
@@ -434,16 +449,25 @@ struct Backward : Tiles<Shared<T, kD>> {
         float d_error = 2 * (d_surprise * e + d_delta[i + j]);
         d_value[j] = -d_error;
         d_output[t][feature] = from_float<T>(d_error);
-        own[t][feature] = of_key(0, feature);
+        own[t][feature] = of_key(0, feature, token, count);
       }
       if (stores(count)) store_four(to.d_v, d_value, feature_of(i), token);
     }
   }
 
-  // What this block gives to dK besides its hidden units: the error's part and the clip's.
-  MAL_DEVICE float of_key(float d_error, int feature) const {
+  // Where a feature of this thread's token stands, -1 if it does not exist.
+  MAL_DEVICE int64_t feature_at(int feature, int token, int count) const {
+    const int t = thread / kSharing;
+    if (t >= count || feature >= a.D) return -1;
+    return ((begin + token + t) * a.H + head) * a.D + feature;
+  }
+
+  // What this block gives to dK besides its hidden units: the error's part, the clip's and what the
+  // scores of the read give.
+  MAL_DEVICE float of_key(float d_error, int feature, int token, int count) const {
     int t = thread / kSharing;
     if (rank) return 0;
+    d_error += of_read(to.read.k, feature_at(feature, token, count));
     if (!clips() || !is_deep()) return d_error;
     return d_error + s.clip[t] * s.d1_norm[t] * to_float(s.k[0][t][feature]);
   }
@@ -487,7 +511,8 @@ struct Backward : Tiles<Shared<T, kD>> {
       float normed = o[feature], e = error_of(normed, feature, 0), gain = 1 + s.gain[2][feature];
       float d = rstd * (d_delta - mean - normed * along);
       float d_gamma = 2 * q * e * normed  // of γ's own gradient 2 e ⊙ normed
-                      - on_w * s.gain[0][feature] - on_s * s.gain[1][feature];
+                      - on_w * s.gain[0][feature] - on_s * s.gain[1][feature] +
+                      of_read(to.read.gain, feature_at(feature, token, count));
       float d_error = 2 * (d_surprise * e + d * gain + d_gamma * normed);
       float d_normed = 2 * d_gamma * e + d_error * gain - d_delta * along_d;
       return {d_error, 2 * d * e + d_error * normed, d_normed - 2 * e * gain * along * rstd};
@@ -517,7 +542,7 @@ struct Backward : Tiles<Shared<T, kD>> {
       float normed = o[feature];
       float d = rstd * (of.normed - d_mean - normed * d_along) - normed * scale;
       d_output[t][feature] = from_float<T>(feature < a.D ? d : 0);
-      o[feature] = of_key(of.error, feature);
+      o[feature] = of_key(of.error, feature, token, count);
     }
   }
 
@@ -543,29 +568,13 @@ struct Backward : Tiles<Shared<T, kD>> {
     each_wide([&](int n, int i, int token, int feature) { own[token][feature] += sum[n][i]; });
   }
 
-  // sum += xᵀ y, over the tile's tokens.
-  template <int kCount, class X, class Y>
-  MAL_DEVICE void add_products(float (&sum)[kCount][4], const X& x, const Y& y, Place part) const {
-#pragma unroll 1
-    for (int t = 0; t < kTokens; t += 16) {
-      uint32_t fx[4];
-      load(fx, x, t, part.row, false, true);
-#pragma unroll
-      for (int n = 0; n < kCount; n += 2) {
-        uint32_t fy[4];
-        load(fy, y, t, part.column + 8 * n, true, true);
-        mma(sum[n], fx, {fy[0], fy[1]}, T());
-        mma(sum[n + 1], fx, {fy[2], fy[3]}, T());
-      }
-    }
-  }
-
   MAL_DEVICE void anchor_gradients() {
     if (is_deep()) {
-      add_products(a1, s.k[0], s.dz, first);
-      add_products(a2, s.du, s.d2, last);
+      start_multiply_transposed(a1, s.k[0], s.dz, first);
+      start_multiply_transposed(a2, s.du, s.d2, last);
+      finish(a1, a2);
     }
-    add_products(a2, s.h, d_output, last);
+    multiply_transposed(a2, s.h, d_output, last);
     if (!has_gain() || thread >= kD) return;
     for (int w = 0; w < kWarps; w++) s.gain[3][thread] += s.gain_sums[w][thread];
   }
@@ -597,6 +606,49 @@ struct Backward : Tiles<Shared<T, kD>> {
       }
   }
 
+  // What the reads of the tile in `slot` give to the state before it and to init; with chunk steps
+  // to the anchor alone.
+  MAL_DEVICE void add_read(int64_t slot) {
+    const mal_read_gradients& read = to.read;
+    if (!read.tile_weights.last) return;
+    const Slice of_first = first_slice(slot), of_last = last_slice(slot);
+    if (a.token_steps) {
+      add_layer(w1, of_first, read.tile_weights.first);
+      add_layer(w2, of_last, read.tile_weights.last);
+      add_layer(s1, of_first, read.tile_trace.first);
+      add_layer(s2, of_last, read.tile_trace.last);
+    } else {
+      add_layer(a1, of_first, read.tile_weights.first);
+      add_layer(a2, of_last, read.tile_weights.last);
+    }
+    const int64_t layer = (row - slot) * a.H * a.D * a.E;
+    add_init(w1, of_first, to.d_init.first, layer, read.tile_init.first);
+    add_init(w2, of_last, to.d_init.last, layer, read.tile_init.last);
+    if (!has_gain() || thread >= a.D) return;
+    const int64_t at = gain_at(thread, slot);
+    s.gain[a.token_steps ? 0 : 3][thread] += read.tile_weights.gain[at];
+    if (read.tile_trace.gain) s.gain[1][thread] += read.tile_trace.gain[at];
+    if (read.tile_init.gain && !rank)
+      to.d_init.gain[gain_at(thread, row)] += read.tile_init.gain[at];
+  }
+
+  template <int kCount>
+  MAL_DEVICE void add_layer(float (&w)[kCount][4], const Slice& slice, const float* from) const {
+    if (!from) return;
+    slice.each(w, [&](int n, int i, int64_t at) {
+      if (at >= 0) w[n][i] += from[at];
+    });
+  }
+
+  template <int kCount>
+  MAL_DEVICE void add_init(const float (&like)[kCount][4], const Slice& slice, float* d_init,
+                           int64_t init_at, const float* from) const {
+    if (!from) return;
+    slice.each(like, [&](int, int, int64_t at) {
+      if (at >= 0) d_init[at + init_at] += from[at];
+    });
+  }
+
   MAL_DEVICE void retreat() {
     if (is_deep()) decay(w1, s1, first_slice(row), to.d_init.first);
     decay(w2, s2, last_slice(row), to.d_init.last);
@@ -619,38 +671,38 @@ struct Backward : Tiles<Shared<T, kD>> {
     round_gradients();
     if (wants_gates()) dot_states(slot);
     copy_wait<0>();
-    __syncthreads();  // all of this tile is there
+    block_sync();  // all of this tile is there
     locate();
     activations();
     coefficients(count, opens);
-    __syncthreads();  // h
+    block_sync();  // h
     locate();
     project(0);
     if (wants_gates()) sum_dots();
     cluster_sync();  // h W2, of every block
     locate();
     error();
-    __syncthreads();  // δ2
+    block_sync();  // δ2
     locate();
     float gx[kNarrow][4], gd[kNarrow][4];
     factors(gx, gd);
     cluster_sync();  // the sums of tokens, of every block
     locate();
     rates(token, count);
-    __syncthreads();  // ρ and q
+    block_sync();  // ρ and q
     locate();
     if (wants_gates()) gates(tile);
-    through_hidden(gx, gd);
-    __syncthreads();  // du
+    through_hidden(gx, gd, tile);
+    block_sync();  // du
     locate();
     project_gradients();
     cluster_sync();  // dδ2, of every block; dW2 and dS2 have been read
     locate();
     error_gradients(token, count);
-    __syncthreads();  // do
+    block_sync();  // do
     locate();
     through_network();
-    __syncthreads();  // dz
+    block_sync();  // dz
     locate();
     key_gradients();
     anchor_gradients();
@@ -658,6 +710,7 @@ struct Backward : Tiles<Shared<T, kD>> {
     locate();
     store_keys(token, count);
     retreat();
+    add_read(slot);
   }
 
   MAL_DEVICE void walk() {
@@ -694,6 +747,7 @@ MAL_KERNEL(kThreads, 1) memory_backward(mal_memory_update_bwd_args a) {
 MAL_API int mal_memory_update_bwd(const mal_memory_update_bwd_args* a) {
   using namespace mal::memory;
   return for_type_of(a->call, [&]<class T, int kD>() {
-    return launch_rows<Shared<T, kD>>(memory_backward<T, kD>, a->call, a->stream, *a);
+    return launch_clusters<Shared<T, kD>>(memory_backward<T, kD>, a->call, a->call.rows, a->stream,
+                                          *a);
   });
 }

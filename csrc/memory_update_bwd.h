@@ -27,4 +27,19 @@ MAL_LAYOUT int tiles_of_row(int length, int start, int chunk) {
   return tiles_of(before) + rest / chunk * tiles_of(chunk) + tiles_of(rest % chunk);
 }
 
+// Its tile `n`, from the first on.
+MAL_LAYOUT TileOfRow tile_of_row(int n, int length, int start, int chunk) {
+  int before = (chunk - start) % chunk, in_first = tiles_of(before < length ? before : length);
+  int begin = 0, behind = before, of_chunk = 0;  // of the tile's chunk
+  if (n >= in_first) {
+    int chunks = (n - in_first) / tiles_of(chunk);
+    n = (n - in_first) % tiles_of(chunk);
+    of_chunk = chunks + (start > 0);
+    begin = before + chunks * chunk, behind = begin + chunk;
+  }
+  if (behind > length) behind = length;
+  int token = begin + n * kTokens, count = behind - token;
+  return {token, count < kTokens ? count : kTokens, of_chunk, n};
+}
+
 }  // namespace mal::memory

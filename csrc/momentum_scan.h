@@ -1,12 +1,6 @@
 // Who computes what in momentum_scan.cu; for host and device.
 #pragma once
-#include <stdint.h>
-
-#ifdef __CUDACC__
-#define MAL_LAYOUT __host__ __device__ inline
-#else
-#define MAL_LAYOUT inline
-#endif
+#include "layout.h"
 
 namespace mal::scan {
 

@@ -57,7 +57,8 @@ struct Read : Tiles<Shared> {
 
   const bool reads_all = a.q && a.token_steps;  // every token's own weights
 
-  MAL_DEVICE explicit Read(const mal_memory_call& call) : Base(call) {}
+  MAL_DEVICE explicit Read(const mal_memory_call& call, int row = blockIdx.z)
+      : Base(call, row) {}
 
   MAL_DEVICE First first_layer() {
     return {w1, s1, s.w1, first, first_slice(row), a.init.first};
@@ -69,11 +70,11 @@ struct Read : Tiles<Shared> {
   // h and δ of the tile; δ1 is there for all threads after the next barrier.
   MAL_DEVICE void find_factors(int token, int count, int turn, float* surprises) {
     hidden(turn);
-    __syncthreads();  // h
+    block_sync();  // h
     project(turn);
     cluster_sync();  // h W2, of every block
     error(token, count, turn, turn, surprises);
-    __syncthreads();  // δ2
+    block_sync();  // δ2
     hidden_delta();
   }
 
@@ -87,10 +88,10 @@ struct Read : Tiles<Shared> {
     scale_coefficients(turn);
     if (reads_all && is_deep()) set_read(first_layer(), opens, turn);
     copy_wait<1>();   // all but the next tile
-    __syncthreads();  // δ1, the coefficients and q
+    block_sync();  // δ1, the coefficients and q
     if (!clips()) return;
     clip(turn);
-    __syncthreads();
+    block_sync();
   }
 
   // What W, S and W_init have in the weights of token t, and the coefficients w of the gradients
@@ -123,13 +124,22 @@ struct Read : Tiles<Shared> {
                              const X& x, const X& y, const D& d, bool opens, int turn) {
     using Matrix = typename AnyLayer::Matrix;
     auto& other = in_place_of<Matrix>(s.v[turn]);
-    add_product<kDepth>(sum, part, x, opens ? layer.anchor : other, s.of_w);
-    add_product<kDepth>(sum, part, x, in_place_of<Matrix>(s.slope), s.of_s);
-    score<kDepth>(x, y, turn);
-    __syncthreads();  // the scores; W and S have been read
+    const Place square = part_of(warp, Base::kTile, 8 * kScores);
+    float by_w[kCount][4] = {}, by_s[kCount][4] = {}, scores[kScores][4] = {};
+    start_multiply<kDepth, false>(by_w, x, part.row, opens ? layer.anchor : other, part.column);
+    start_multiply<kDepth, false>(by_s, x, part.row, in_place_of<Matrix>(s.slope), part.column);
+    start_multiply<kDepth, true>(scores, x, square.row, y, square.column);
+    finish(by_w, by_s, scores);
+    add_scaled(sum, by_w, s.of_w, part);
+    add_scaled(sum, by_s, s.of_s, part);
+    // w ⊙ (x yᵀ)
+    Base::template each_of<kScores>(square, [&](int n, int i, int t, int of) {
+      s.scores[t][of] = from_float<T>(s.part[turn][t][of] * scores[n][i]);
+    });
+    block_sync();  // the scores; W and S have been read
     if (layer.init) {
       set_layer(other, layer.w, layer.part, layer.slice, layer.init);
-      __syncthreads();
+      block_sync();
       add_product<kDepth>(sum, part, x, other, s.of_init);
     }
     multiply<kTokens, false>(sum, s.scores, part.row, d, part.column);
@@ -141,23 +151,19 @@ struct Read : Tiles<Shared> {
                               const float* of) const {
     float product[kCount][4] = {};
     multiply<kDepth, false>(product, x, part.row, w, part.column);
+    add_scaled(sum, product, of, part);
+  }
+
+  // sum += of ⊙ product
+  template <int kCount>
+  MAL_DEVICE void add_scaled(float (&sum)[kCount][4], const float (&product)[kCount][4],
+                             const float* of, Place part) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float factor = of[part.row + accumulator_of(lane, i).row];
 #pragma unroll
       for (int n = 0; n < kCount; n++) sum[n][i] += factor * product[n][i];
     }
-  }
-
-  // scores = w ⊙ (x yᵀ)
-  template <int kDepth, class X>
-  MAL_DEVICE void score(const X& x, const X& y, int turn) {
-    const Place square = part_of(warp, Base::kTile, 8 * kScores);
-    float product[kScores][4] = {};
-    multiply<kDepth, true>(product, x, square.row, y, square.column);
-    Base::template each_of<kScores>(square, [&](int n, int i, int t, int of) {
-      s.scores[t][of] = from_float<T>(s.part[turn][t][of] * product[n][i]);
-    });
   }
 
   // hq = act(zq), and this block's part of y in the place of the coefficients.
@@ -172,11 +178,11 @@ struct Read : Tiles<Shared> {
     } else {
       take_units(s.q, s.hq);
     }
-    __syncthreads();  // hq
+    block_sync();  // hq
     float y[kWide][4] = {};
     if (reads_all) {
       set_read(last_layer(), opens, turn);
-      __syncthreads();
+      block_sync();
       read_layer<kHidden>(y, wide, last_layer(), s.hq, s.h, s.d2, opens, turn);
     } else {
       multiply<kHidden, false>(y, s.hq, wide.row, s.w2, wide.column);

@@ -8,22 +8,37 @@
 #pragma once
 #include "device.cuh"
 #include "memory_update.h"
+#include "swizzle.h"
 
 namespace mal::memory {
 
 constexpr float kLayerNormEpsilon = 1e-5f;
 
-// kRows x kColumns numbers in shared memory: what ldmatrix takes.
-template <class T, int kRows, int kColumns>
-struct alignas(16) Tile {
+// kRows_ x kColumns_ numbers in shared memory: what ldmatrix and wgmma take.
+template <class T, int kRows_, int kColumns_>
+struct alignas(Swizzle<kRows_, kColumns_>::kPattern) Tile {
   using Number = T;
-  using Row = T[kColumns + kPad];
-  Row rows[kRows];
-  MAL_DEVICE Row& operator[](int row) { return rows[row]; }
-  MAL_DEVICE const Row& operator[](int row) const { return rows[row]; }
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  using Layout = Swizzle<kRows, kColumns>;
+
+  template <class Numbers>
+  struct Row {
+    Numbers& numbers;
+    int row;
+    MAL_DEVICE auto& operator[](int column) const { return numbers[Layout::at(row, column)]; }
+  };
+  using Numbers = T[kRows * kColumns];
+  Numbers numbers;
+  MAL_DEVICE Row<Numbers> operator[](int row) { return {numbers, row}; }
+  MAL_DEVICE Row<const Numbers> operator[](int row) const { return {numbers, row}; }
+
+  // Of an operand of wgmma that begins there.
+  MAL_DEVICE uint64_t descriptor(int row, int column) const {
+    return Layout::descriptor(shared_address(numbers), row, column);
+  }
 };
 
-// `memory`, whose numbers are not needed any more, as something else.
+// `memory`, whose numbers are not needed any more, as something else; it must be aligned for that.
 template <class As, class From>
 MAL_DEVICE As& in_place_of(From& memory) {
   static_assert(sizeof(As) <= sizeof(From), "does not fit");
@@ -40,8 +55,9 @@ struct Factors {
   Tile<T, kHidden, kD> w2;
   Tile<T, kTokens, kHidden> h;
   Tile<T, kTokens, kHidden> d1;
-  float slope[kTokens][kHidden + kPad];  // z, then act'(z); each number its thread's own
   Tile<T, kTokens, kD> d2;
+  // z, then act'(z), each number its thread's own; and in its place a matrix
+  alignas(1024) float slope[kTokens][kHidden + kPad];
   // this block's part of h W2, in turns: one may be read by another block while the next is written
   float part[2][kTokens][kD + 4];
   float hidden_norm[2][kTokens];  // likewise ‖h‖²
@@ -103,9 +119,9 @@ MAL_DEVICE void load(uint32_t (&r)[4], const AnyTile& tile, int row, int column,
     load_matrices(r, from);
 }
 
-// sum[16, 8 kCount] += a[row.., :] b[:, column..]; b is stored [k][n], or [n][k] if kTransposed.
 template <int kDepth, bool kTransposed, int kCount, class A, class B>
-MAL_DEVICE void multiply(float (&sum)[kCount][4], const A& a, int row, const B& b, int column) {
+MAL_DEVICE void multiply_by_warp(float (&sum)[kCount][4], const A& a, int row, const B& b,
+                                 int column) {
   using T = typename A::Number;
 #pragma unroll 2
   for (int k = 0; k < kDepth; k += 16) {
@@ -122,6 +138,82 @@ MAL_DEVICE void multiply(float (&sum)[kCount][4], const A& a, int row, const B& 
       mma(sum[n + 1], fa, {fb[2], fb[3]}, T());
     }
   }
+}
+
+template <int kDepth, bool kTransposed, int kCount, class A, class B>
+MAL_DEVICE void multiply_by_warpgroup(float (&sum)[kCount][4], const A& a, const B& b,
+                                      int column) {
+  static_assert(A::kRows == 64, "a warpgroup takes 64 rows");
+  constexpr Major kMajor = kTransposed ? kMajorK : kMajorMN;
+  wgmma_fence(sum);
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16)
+    wgmma<kMajorK, kMajor>(sum, a.descriptor(0, k),
+                           kTransposed ? b.descriptor(column, k) : b.descriptor(k, column),
+                           typename A::Number());
+  wgmma_commit();
+}
+
+// Starts sum[16, 8 kCount] += a[row.., :] b[:, column..]; b is stored [k][n], or [n][k] if
+// kTransposed. The four warps of a warpgroup take the rows of a tile of tokens, and the
+// same columns.
+template <int kDepth, bool kTransposed, int kCount, class A, class B>
+MAL_DEVICE void start_multiply(float (&sum)[kCount][4], const A& a, int row, const B& b,
+                               int column) {
+  if constexpr (kHasWgmma)
+    multiply_by_warpgroup<kDepth, kTransposed>(sum, a, b, column);
+  else
+    multiply_by_warp<kDepth, kTransposed>(sum, a, row, b, column);
+}
+
+// Waits for all products that have been started: those to `sum`.
+template <int... kCounts>
+MAL_DEVICE void finish(float (&... sum)[kCounts][4]) {
+  if constexpr (kHasWgmma) wgmma_wait<0>(sum...);
+}
+
+template <int kDepth, bool kTransposed, int kCount, class A, class B>
+MAL_DEVICE void multiply(float (&sum)[kCount][4], const A& a, int row, const B& b, int column) {
+  start_multiply<kDepth, kTransposed>(sum, a, row, b, column);
+  finish(sum);
+}
+
+// Whether a warpgroup takes 64 of the rows of xᵀ.
+template <class X>
+constexpr bool kTakesColumns = kHasWgmma && X::kColumns % 64 == 0;
+
+// Starts sum[16, 8 kCount] += xᵀ y, from row and column `part` on, over the tokens of both.
+template <int kCount, class X, class Y>
+MAL_DEVICE void start_multiply_transposed(float (&sum)[kCount][4], const X& x, const Y& y,
+                                          Place part) {
+  using T = typename X::Number;
+  if constexpr (kTakesColumns<X>) {
+    wgmma_fence(sum);
+#pragma unroll
+    for (int t = 0; t < kTokens; t += 16)
+      wgmma<kMajorMN, kMajorMN>(sum, x.descriptor(t, part.row / 64 * 64),
+                                y.descriptor(t, part.column), T());
+    wgmma_commit();
+  } else {
+#pragma unroll 1
+    for (int t = 0; t < kTokens; t += 16) {
+      uint32_t fx[4];
+      load(fx, x, t, part.row, false, true);
+#pragma unroll
+      for (int n = 0; n < kCount; n += 2) {
+        uint32_t fy[4];
+        load(fy, y, t, part.column + 8 * n, true, true);
+        mma(sum[n], fx, {fy[0], fy[1]}, T());
+        mma(sum[n + 1], fx, {fy[2], fy[3]}, T());
+      }
+    }
+  }
+}
+
+template <int kCount, class X, class Y>
+MAL_DEVICE void multiply_transposed(float (&sum)[kCount][4], const X& x, const Y& y, Place part) {
+  start_multiply_transposed(sum, x, y, part);
+  finish(sum);
 }
 
 // Two 16-bit numbers times one factor each, rounded once.
@@ -157,7 +249,7 @@ struct Tiles {
   int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned rank = cluster_rank();
   const int blocks = gridDim.x;
-  int head = blockIdx.y, row = blockIdx.z;
+  int head = blockIdx.y, row;
   const int64_t begin = a.cu_seqlens ? a.cu_seqlens[row] : row * a.T;
   const int length = a.cu_seqlens ? a.cu_seqlens[row + 1] - begin : a.T;
   const int chunk_size = a.chunk_size;
@@ -169,7 +261,8 @@ struct Tiles {
   // this thread's numbers of two states, such as W and S, by layer
   float w1[kOfW1][4], s1[kOfW1][4], w2[kOfW2][4], s2[kOfW2][4];
 
-  MAL_DEVICE explicit Tiles(const mal_memory_call& call) : a(call) {}
+  MAL_DEVICE explicit Tiles(const mal_memory_call& call, int row = blockIdx.z)
+      : a(call), row(row) {}
 
   // Finds this thread's place anew. What follows from it, such as addresses, is then computed again
   // where it is needed, not held in registers from the start.
@@ -431,6 +524,21 @@ struct Tiles {
     if (share == 0) to[token] = sum;
   }
 
+  // What this warp has of each token into `s.sums`; given are each thread's parts, for its two rows.
+  template <int kSums>
+  MAL_DEVICE void store_sums(const float (&sums)[kSums][2]) const {
+#pragma unroll
+    for (int j = 0; j < kSums; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float sum = sums[j][i];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        int token = narrow.row + accumulator_of(lane, 2 * i).row;
+        if (lane % 4 == 0) s.sums[warp / kTile][j][token] = sum;
+      }
+  }
+
   // Σ over the threads that share a token.
   MAL_DEVICE float over_sharing(float x) const {
 #pragma unroll
@@ -555,7 +663,7 @@ struct Tiles {
   MAL_DEVICE void exchange_norms(int turn, bool waits) {
     bool clips_first = clips() && is_deep();
     if (clips_first) {
-      __syncthreads();  // δ1 is there
+      block_sync();  // δ1 is there
       square_rows(s.d1, s.d1_norm[turn]);
     }
     if (clips_first || waits) cluster_sync();
@@ -594,41 +702,62 @@ struct Tiles {
     for (int j = 0; j < 4; j++) four.at[j] = from_float<Number>(to_float(four.at[j]) * factor);
   }
 
-  // w += (on_w ⊙ x)ᵀ d and trace += (on_s ⊙ x)ᵀ d, over the tile's tokens.
+  // Starts w += (on_w ⊙ x)ᵀ d and trace += (on_s ⊙ x)ᵀ d, over the tile's tokens.
   template <int kCount, class X, class D>
   MAL_DEVICE void add_gradients(float (&w)[kCount][4], float (&trace)[kCount][4], const X& x,
                                 const D& d, Place part) {
+    if constexpr (kTakesColumns<X>) {
+      wgmma_fence(w, trace);
+#pragma unroll
+      for (int t = 0; t < kTokens; t += 16) {
+        uint32_t of_w[4], of_s[4];
+        scaled_factors(of_w, of_s, x, t, part.row);
+        wgmma_fence();  // the factors
+        wgmma<kMajorMN>(w, of_w, d.descriptor(t, part.column), T());
+        wgmma<kMajorMN>(trace, of_s, d.descriptor(t, part.column), T());
+        wgmma_commit();
+      }
+    } else {
 #pragma unroll 1
-    for (int t = 0; t < kTokens; t += 16) {
-      uint32_t fx[4], of_w[4], of_s[4];
-      load(fx, x, t, part.row, false, true);
+      for (int t = 0; t < kTokens; t += 16) {
+        uint32_t of_w[4], of_s[4];
+        scaled_factors(of_w, of_s, x, t, part.row);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int token = t + 8 * (i / 2) + 2 * (lane % 4);
-        of_w[i] = scaled<T>(fx[i], s.on_w[token], s.on_w[token + 1]);
-        of_s[i] = scaled<T>(fx[i], s.on_s[token], s.on_s[token + 1]);
+        for (int n = 0; n < kCount; n += 2) {
+          uint32_t fd[4];
+          load(fd, d, t, part.column + 8 * n, true, true);
+          mma(w[n], of_w, {fd[0], fd[1]}, T());
+          mma(w[n + 1], of_w, {fd[2], fd[3]}, T());
+          mma(trace[n], of_s, {fd[0], fd[1]}, T());
+          mma(trace[n + 1], of_s, {fd[2], fd[3]}, T());
+        }
       }
+    }
+  }
+
+  // This warp's fragments of (on_w ⊙ x)ᵀ and (on_s ⊙ x)ᵀ, of 16 tokens from t on.
+  template <class X>
+  MAL_DEVICE void scaled_factors(uint32_t (&of_w)[4], uint32_t (&of_s)[4], const X& x, int t,
+                                 int row) const {
+    uint32_t fx[4];
+    load(fx, x, t, row, false, true);
 #pragma unroll
-      for (int n = 0; n < kCount; n += 2) {
-        uint32_t fd[4];
-        load(fd, d, t, part.column + 8 * n, true, true);
-        mma(w[n], of_w, {fd[0], fd[1]}, T());
-        mma(w[n + 1], of_w, {fd[2], fd[3]}, T());
-        mma(trace[n], of_s, {fd[0], fd[1]}, T());
-        mma(trace[n + 1], of_s, {fd[2], fd[3]}, T());
-      }
+    for (int i = 0; i < 4; i++) {
+      int token = t + 8 * (i / 2) + 2 * (lane % 4);
+      of_w[i] = scaled<T>(fx[i], s.on_w[token], s.on_w[token + 1]);
+      of_s[i] = scaled<T>(fx[i], s.on_s[token], s.on_s[token + 1]);
     }
   }
 };
 
-// Launches a cluster for each head of each row, with `Shared` for each of its blocks.
+// Launches `count` clusters for each head, with `Shared` for each of their blocks.
 template <class Shared, class Arguments>
-int launch_rows(void (*kernel)(Arguments), const mal_memory_call& call, void* stream,
-                const Arguments& arguments) {
+int launch_clusters(void (*kernel)(Arguments), const mal_memory_call& call, int64_t count,
+                    void* stream, const Arguments& arguments) {
   static_assert(sizeof(Shared) <= 227 * 1024, "more than a block may have on Hopper");
   unsigned blocks = blocks_for(call.E, Shared::kHidden);
   if (!blocks) return kInvalidArgument;
-  dim3 grid = {blocks, static_cast<unsigned>(call.H), static_cast<unsigned>(call.rows)};
+  dim3 grid = {blocks, static_cast<unsigned>(call.H), static_cast<unsigned>(count)};
   return launch(kernel, grid, {kThreads, 1, 1}, sizeof(Shared), blocks, stream, arguments);
 }
 

@@ -9,6 +9,7 @@
 #include "aligned_read.h"
 #include "memory_update_bwd.h"
 #include "momentum_scan.h"
+#include "swizzle.h"
 
 namespace {
 
@@ -69,13 +70,6 @@ void check_memory() {
     }
     expect_once(copies, kTokens, features, "a tile is not copied");
     expect_once(shares, kTokens, features, "a tile of float32 is not shared out");
-    // eight rows that ldmatrix reads at once lie in different banks of 4 bytes
-    for (int width : {features, units}) {
-      std::set<int> banks;
-      for (int row = 0; row < 8; row++)
-        for (int word = 0; word < 4; word++) banks.insert((row * (width + kPad) / 2 + word) % 32);
-      expect(banks.size() == 32, "ldmatrix meets a bank twice", width);
-    }
   }
   for (bool straight : {false, true}) {
     Owners rows;
@@ -97,6 +91,77 @@ void check_memory() {
   expect(blocks_for(1025, 64) == 0, "more blocks than a cluster has", 1025);
 }
 
+// A tile of 16-bit numbers in shared memory.
+template <int kRows, int kColumns>
+void check_tile() {
+  using Tile = mal::Swizzle<kRows, kColumns>;
+  std::set<int> places;
+  for (int row = 0; row < kRows; row++)
+    for (int column = 0; column < kColumns; column++) {
+      int at = Tile::at(row, column), chunk = Tile::at(row, column / 8 * 8);
+      places.insert(at);
+      expect(at >= 0 && at < kRows * kColumns, "a number outside its tile", at);
+      expect(at == chunk + column % 8, "16 bytes are not whole", column);
+    }
+  expect(places.size() == kRows * kColumns, "two numbers in one place", kColumns);
+  for (int row = 0; row < kRows; row += 8)
+    for (int column = 0; column < kColumns; column += 8) {
+      // eight rows that ldmatrix reads at once, and the pairs of an accumulator that a warp stores
+      std::set<int> banks, stored;
+      for (int lane = 0; lane < 32; lane++) {
+        auto p = mal::memory::accumulator_of(lane, 0);
+        banks.insert((Tile::at(row + lane / 4, column) / 2 + lane % 4) % 32);
+        stored.insert(Tile::at(row + p.row, column + p.column) / 2 % 32);
+      }
+      expect(banks.size() == 32, "ldmatrix meets a bank twice", column);
+      expect(stored.size() == 32, "an accumulator meets a bank twice", column);
+    }
+}
+
+// What wgmma reads by a descriptor, as the PTX ISA says (Matrix Descriptor Format; Strides): the
+// operand [size, 16] stored by its k, or by its other index, is what stands in the tile.
+template <int kRows, int kColumns>
+void check_operand(int size, int row, int column, bool is_major_k) {
+  using Tile = mal::Swizzle<kRows, kColumns>;
+  const int address = 3 * 1024;
+  const uint64_t bits = Tile::descriptor(address, row, column);
+  auto field = [&](int first) { return static_cast<int>(bits >> first & 0x3FFF) * 16; };
+  const int start = field(0), leading = field(16), stride = field(32), mode = bits >> 62;
+  const int width = mode == 1 ? 128 : mode == 2 ? 64 : 32;  // bytes
+  expect(mode != 0 && (bits & 0x3FFEC000C000C000) == 0, "a descriptor", mode);
+  expect(start / 128 % (width / 16) == 0, "an operand begins inside a pattern", start);
+  for (int i = 0; i < size; i++)
+    for (int k = 0; k < 16; k++) {
+      int inner = is_major_k ? k : i, outer = is_major_k ? i : k;
+      int from = start + outer / 8 * stride + outer % 8 * width;
+      from += is_major_k ? 2 * inner : 2 * inner / width * leading + 2 * inner % width;
+      from ^= from / 128 % (width / 16) * 16;
+      int place = is_major_k ? Tile::at(row + i, column + k) : Tile::at(row + k, column + i);
+      expect(from == address + 2 * place, "wgmma reads another number", size);
+    }
+}
+
+// Every operand of 16, 32 or 64 rows or columns that lies in a tile at a multiple of its size; 128:
+// beyond what is used, over two parts of a tile.
+template <int kRows, int kColumns>
+void check_operands() {
+  check_tile<kRows, kColumns>();
+  for (int size : {16, 32, 64, 128})
+    for (int k = 0; k < 128; k += 16)
+      for (int i = 0; i < 128; i += size) {
+        if (i + size <= kRows && k < kColumns) check_operand<kRows, kColumns>(size, i, k, true);
+        if (i + size <= kColumns && k < kRows) check_operand<kRows, kColumns>(size, k, i, false);
+      }
+}
+
+void check_tiles_of_memory() {
+  check_operands<64, 64>();
+  check_operands<64, 128>();
+  check_operands<64, 32>();
+  check_operands<32, 128>();
+  check_operands<128, 32>();
+}
+
 // Tiles of a row, one after the other, are its tokens, and none spans two chunks; and the backward
 // takes the same ones from the last to the first.
 void check_tiles(int length, int start, int chunk) {
@@ -105,6 +170,9 @@ void check_tiles(int length, int start, int chunk) {
     int count = mal::memory::tile_length(token, place, chunk, length);
     auto back = mal::memory::last_tile(token + count, start, chunk);
     expect(back.token == token && back.count == count, "a tile from behind", token);
+    auto ahead = mal::memory::tile_of_row(tiles, length, start, chunk);
+    expect(ahead.token == token && ahead.count == count, "a tile by its number", token);
+    expect(ahead.chunk == back.chunk && ahead.index == back.index, "its place", token);
     expect(back.chunk == (start + token) / chunk && back.index == of_chunk, "its place", token);
     tiles++, of_chunk = (place + count) % chunk ? of_chunk + 1 : 0;
     bool ok = count > 0 && count <= mal::memory::kTokens && place + count <= chunk;
@@ -187,6 +255,17 @@ void check_aligned_tiles() {
   }
 }
 
+// Eight rows that ldmatrix reads at once lie in different banks of 4 bytes.
+void check_padding() {
+  using namespace mal::aligned;
+  for (int width : {kDepth, kFeatures, kUnits}) {
+    std::set<int> banks;
+    for (int row = 0; row < 8; row++)
+      for (int word = 0; word < 4; word++) banks.insert((row * (width + kPad) / 2 + word) % 32);
+    expect(banks.size() == 32, "ldmatrix meets a bank twice", width);
+  }
+}
+
 // The items of every stage are all there is to do, and the parts of a sum the whole of it.
 void check_aligned_items(int tokens, int width, int heads, int dim, int splits) {
   using namespace mal::aligned;
@@ -219,7 +298,9 @@ void check_aligned_items(int tokens, int width, int heads, int dim, int splits) 
 
 int main() {
   check_memory();
+  check_tiles_of_memory();
   check_aligned_tiles();
+  check_padding();
   for (int tokens : {1, 16, 17, 64, 65, 375})
     for (int width : {8, 64, 72, 4096})
       for (int splits : {1, 3, 16}) check_aligned_items(tokens, width, 3, 40, splits);

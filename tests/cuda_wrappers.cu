@@ -1,6 +1,7 @@
 // A small kernel for each wrapper of csrc/device.cuh. test_cuda_wrappers.py says what it must give,
 // wherever it runs: on the host, where csrc/emu stands behind the wrappers, or on a GPU.
 #include "device.cuh"
+#include "swizzle.h"
 
 namespace {
 
@@ -76,6 +77,98 @@ MAL_KERNEL(64, 1) multiply(Multiply m) {
   mal::mma(c, a, b, T());
   for (int i = 0; i < 4; i++) m.c[4 * threadIdx.x + i] = c[i];
 }
+
+// two warpgroups multiply what stands in `memory`, and what their registers hold
+struct Warpgroups {
+  int64_t columns;            // 16, 32 or 64 of b and c
+  int64_t count;              // of the numbers of memory
+  const uint16_t* memory;
+  const int64_t* descriptor;  // [2, 4]: a by k and by m, b by k and by n; memory begins at 0
+  const uint32_t* a;          // [256, 4]
+  float* c;                   // [6, 256, columns / 2]: by both a and by registers, each by both b
+  void* stream;
+};
+
+template <class T, int kCount>
+struct Multiplies {
+  const Warpgroups& w;
+  const int thread = threadIdx.x;
+  const uint16_t* memory = mal::shared<uint16_t>();
+
+  MAL_DEVICE uint64_t descriptor(int i) const {
+    auto bits = static_cast<uint64_t>(w.descriptor[4 * (thread / 128) + i]);
+    return bits + mal::shared_address(memory) / 16;
+  }
+
+  template <class Multiply>
+  MAL_DEVICE void product(int i, Multiply multiply) const {
+    float c[kCount][4];
+    float* at = w.c + (i * 256 + thread) * 4 * kCount;
+    for (int j = 0; j < 4 * kCount; j++) c[j / 4][j % 4] = at[j];
+    mal::wgmma_fence(c);
+    multiply(c);
+    mal::wgmma_commit();
+    mal::wgmma_wait<0>(c);
+    for (int j = 0; j < 4 * kCount; j++) at[j] = c[j / 4][j % 4];
+  }
+
+  template <mal::Major kB>
+  MAL_DEVICE void products() const {
+    using namespace mal;
+    const uint64_t b = descriptor(2 + kB);
+    product(kB, [&](auto& c) { wgmma<kMajorK, kB>(c, descriptor(0), b, T()); });
+    product(2 + kB, [&](auto& c) { wgmma<kMajorMN, kB>(c, descriptor(1), b, T()); });
+    product(4 + kB, [&](auto& c) {
+      const uint32_t* from = w.a + 4 * thread;
+      wgmma<kB>(c, {from[0], from[1], from[2], from[3]}, b, T());
+    });
+  }
+};
+
+template <class T, int kCount>
+MAL_KERNEL(256, 1) warpgroups(Warpgroups w) {
+  auto* memory = mal::shared<uint16_t>();
+  for (int i = threadIdx.x; i < w.count; i += 256) memory[i] = w.memory[i];
+  mal::block_sync();
+  if constexpr (mal::kHasWgmma) {
+    Multiplies<T, kCount> all = {w};
+    all.template products<mal::kMajorK>();
+    all.template products<mal::kMajorMN>();
+  }
+}
+
+#ifdef MAL_EMULATE  // elsewhere nothing says so
+// a warpgroup that does it wrong
+struct Misuse {
+  int64_t how;
+  float* c;  // [128, 8]
+  void* stream;
+};
+
+MAL_KERNEL(128, 1) misuse(Misuse m) {
+  auto* memory = mal::shared<bf16>();
+  const int thread = threadIdx.x, how = static_cast<int>(m.how);
+  using Tile = mal::Swizzle<64, 64>;
+  for (int i = thread; i < 64 * 64; i += 128) memory[i] = mal::from_float<bf16>(0);
+  if (how != 0) mal::fence_proxy_async();
+  __syncthreads();
+  if constexpr (mal::kHasWgmma) {
+    float c[2][4] = {};
+    uint32_t address = mal::shared_address(memory);
+    uint64_t a = Tile::descriptor(address, how == 1 ? 1 : 0, 0);
+    uint64_t b = Tile::descriptor(address, how == 2 && thread == 77 ? 16 : 0, 0);
+    if (how != 3) mal::wgmma_fence(c);
+    mal::wgmma<mal::kMajorK, mal::kMajorMN>(c, a, b, bf16());
+    if (how != 4) mal::wgmma_commit();
+    __syncthreads();
+    if (how == 5) memory[thread] = mal::from_float<bf16>(1);
+    if (how == 6) c[1][1] = 0;
+    if (how == 7) mal::wgmma_fence(c);
+    mal::wgmma_wait<0>(c);
+    for (int j = 0; j < 8; j++) m.c[8 * thread + j] = c[j / 4][j % 4];
+  }
+}
+#endif
 
 // each lane names a row of eight numbers in shared memory
 struct Matrices {
@@ -183,7 +276,7 @@ MAL_KERNEL(1024, 1) where(Launch a) {
   if (thread == 0) *last = 100 + block;
   __syncthreads();
   int at = block * static_cast<int>(blockDim.x * blockDim.y * blockDim.z) + thread;
-  auto misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(memory) % 128);
+  auto misaligned = static_cast<int>(mal::shared_address(memory) % 1024);
   mal::Vector<int32_t, 8> found = {
       {static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.y), static_cast<int>(threadIdx.z),
        static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z),
@@ -193,6 +286,13 @@ MAL_KERNEL(1024, 1) where(Launch a) {
 
 dim3 size_of(const int64_t (&d)[3]) {
   return {static_cast<unsigned>(d[0]), static_cast<unsigned>(d[1]), static_cast<unsigned>(d[2])};
+}
+
+template <class T>
+int multiply_tiles(const Warpgroups* a) {
+  auto kernel = a->columns == 16 ? warpgroups<T, 2> : warpgroups<T, 4>;
+  if (a->columns == 64) kernel = warpgroups<T, 8>;
+  return mal::launch(kernel, {1, 1, 1}, {256, 1, 1}, 2 * a->count, 1, a->stream, *a);
 }
 
 template <class Arguments>
@@ -209,6 +309,13 @@ MAL_API int compute(const Maths* a) { return one_block(maths, a); }
 MAL_API int exchange(const Shuffle* a) { return one_block(shuffle, a, 64 * 4); }
 MAL_API int multiply_bf16(const Multiply* a) { return one_block(multiply<bf16>, a); }
 MAL_API int multiply_fp16(const Multiply* a) { return one_block(multiply<fp16>, a); }
+MAL_API int multiply_tiles_bf16(const Warpgroups* a) { return multiply_tiles<bf16>(a); }
+MAL_API int multiply_tiles_fp16(const Warpgroups* a) { return multiply_tiles<fp16>(a); }
+#ifdef MAL_EMULATE
+MAL_API int multiply_wrongly(const Misuse* a) {
+  return mal::launch(misuse, {1, 1, 1}, {128, 1, 1}, 2 * 64 * 64, 1, a->stream, *a);
+}
+#endif
 MAL_API int load(const Matrices* a) { return one_block(matrices, a, 2 * a->count); }
 MAL_API int copy_in(const Copy* a) { return one_block(copy, a, 2 * 64 * 16); }
 MAL_API int meet(const Cluster* a) {

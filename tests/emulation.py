@@ -27,8 +27,11 @@ from mal_kernels.ops import _backend
 
 COMPILER = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DMAL_EMULATE"]
 COMPILER += ["-Wno-unknown-pragmas", "-Wno-missing-field-initializers"]
-# what the op calls before a kernel; linked with it, but not watched
-RUNS_FIRST = {"memory_update_bwd.cu": ["memory_update.cu"]}
+# what the op calls besides a kernel; linked with it, but not watched
+RUNS_FIRST = {
+    "memory_update_bwd.cu": ["memory_update.cu"],
+    "memory_read_bwd.cu": ["memory_update.cu", "memory_update_bwd.cu"],
+}
 # the first report is enough; short histories, as a thread does little between two barriers
 OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1:history_size=2", "ASAN_OPTIONS": "detect_leaks=0"}
 
@@ -71,30 +74,38 @@ def linked(folder: Path, files: Sequence[Path], csrc: Path | None = None) -> Pat
     return out
 
 
-def program(folder: Path, source: str, sanitizer: str, bug: tuple[str, str] | None = None) -> Path:
+def program(
+    folder: Path, source: str, sanitizer: str, *flags: str, bug: tuple[str, str] | None = None
+) -> Path:
     """``source`` of ``csrc/`` with a main that replays one call.
 
     Args:
         folder: for what is built; what is there already is used.
         source: such as ``momentum_scan.cu``.
         sanitizer: ``thread`` or ``address``.
-        bug: text that stands in the source once, and what to put in its place.
+        flags: more of them for the compiler.
+        bug: text that stands once in the source or in a header of kernels, and what to put there.
     """
     csrc = source_folder()
     runtime = folder / "emulation.o"
     if not runtime.exists():
         compiled(csrc / "emu/emulation.cpp", runtime)
     flag, code = f"-fsanitize={sanitizer}", csrc / source
+    out = folder / "_".join([code.stem, sanitizer, *flags, *(["planted"] if bug else [])])
+    if out.exists() and not bug:
+        return out
     replay = folder / f"replay_{sanitizer}.o"
     if not replay.exists():
         compiled(csrc / "emu/replay.cpp", replay, flag)
     if bug:
-        text = code.read_text()
-        assert text.count(bug[0]) == 1, f"not once in {source}: {bug[0]!r}"
-        code = folder / f"planted_{source}"
-        code.write_text(text.replace(*bug))
-    kernel = compiled(code, folder / f"{code.stem}_{sanitizer}.o", flag, "-O0", f"-I{csrc}")
-    out = folder / f"{code.stem}_{sanitizer}"
+        texts = {path: path.read_text() for path in (code, *csrc.glob("*.cuh"))}
+        where = [path for path, text in texts.items() if text.count(bug[0])]
+        assert [texts[p].count(bug[0]) for p in where] == [1], f"not once: {bug[0]!r}"
+        planted = folder / "planted"
+        shutil.copytree(csrc, planted, dirs_exist_ok=True)
+        (planted / where[0].name).write_text(texts[where[0]].replace(*bug))
+        code = planted / source
+    kernel = compiled(code, Path(f"{out}.o"), flag, *flags, "-O0", f"-I{csrc}")
     others = [folder / f"{name}.o" for name in RUNS_FIRST.get(source, ())]
     for other in others:
         if not other.exists():

@@ -1,4 +1,4 @@
-"""Gradients of the CUDA write within the budgets of the reference: emulated, or on a GPU."""
+"""Gradients of the CUDA memory within the budgets of the reference: emulated, or on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mal_kernels import ops, reference
 from mal_kernels.reference import NeuralMemoryOutput
 from mal_kernels.testing import assert_all_within_budget, low_precision, results
 
-device = devices("memory_update.cu", "memory_update_bwd.cu")
+device = devices("memory_update.cu", "memory_read_bwd.cu", "memory_update_bwd.cu")
 
 
 def on(device, x):
@@ -26,22 +26,29 @@ def on(device, x):
     return x
 
 
-def write_on(device, cuts=()):
-    """``memory_update`` there, as a function for :func:`results`; one call between two cuts."""
+def layer_on(device, cuts=(), reads=True):
+    """``neural_memory`` there, as a function for :func:`results`; one call between two cuts."""
 
-    def write(q, k, *rest, **options):
-        *tokens, state = on(device, (k, *rest))
+    def layer(q, *rest, **options):
+        *tokens, state = on(device, (q if reads else None, *rest))
         options = {name: on(device, x) for name, x in options.items()}
-        surprises = []
-        for begin, end in pairwise([0, *cuts, k.shape[1]]):
-            given = (x[:, begin:end] if cuts else x for x in tokens)
-            state, surprise = ops.memory_update(*given, state, **options, backend="cuda")
+        outputs, surprises = [], []
+        for begin, end in pairwise([0, *cuts, q.shape[1]]):
+            given = (x[:, begin:end] if cuts and x is not None else x for x in tokens)
+            output, state, surprise = ops.neural_memory(*given, state, **options, backend="cuda")
+            outputs.append(output.cpu())
             surprises.append(surprise.cpu())
         if cuts:  # all of them together end with a chunk
             state = state.end_chunk()
-        return NeuralMemoryOutput(q.new_empty(0), on("cpu", state), torch.cat(surprises, 1))
+        output = torch.cat(outputs, 1) if reads else q.new_empty(0)
+        return NeuralMemoryOutput(output, on("cpu", state), torch.cat(surprises, 1))
 
-    return write
+    return layer
+
+
+def write_on(device, cuts=()):
+    """Likewise of a write, without queries."""
+    return layer_on(device, cuts, reads=False)
 
 
 def closed_form(_, *given, **options):
@@ -72,7 +79,18 @@ def of_state(function):
     return quiet
 
 
+def of_output(function):
+    """``function``, whose gradients are then those of what it reads alone."""
+
+    def quiet(*given, **options):
+        out = of_state(function)(*given, **options)
+        return out._replace(state=out.state.map(torch.Tensor.detach))
+
+    return quiet
+
+
 NEEDLESS = {"16 blocks", "chunk steps", "linear"}  # take time and show nothing that others do not
+READS = [case for case in CASES if case not in ("16 blocks", "no tokens")]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NEEDLESS])
@@ -83,17 +101,51 @@ def test_gradients_of_the_state(case, device):
     assert_within_budgets(of_state(write_on(device)), inputs, torch.float16, of_state(closed_form))
 
 
+@pytest.mark.parametrize("case", READS)
+def test_gradients_of_what_is_read(case, device):
+    # without the others, which would cover them
+    sizes = dict(heads=2 if CASES[case].get("tokens", 40) < 50 else 1)  # gates as above
+    inputs = gradient_inputs(torch.float16, **CASES[case] | sizes)
+    layer, definition = of_output(layer_on(device)), of_output(reference.neural_memory)
+    assert_within_budgets(layer, inputs, torch.float16, definition)
+
+
 @pytest.mark.parametrize("case", ["norm, clip, odd sizes", "128 features, four blocks"])
 def test_gradients(case, device):
     inputs = gradient_inputs(torch.bfloat16, **CASES[case] | dict(heads=1))
     assert_within_budgets(write_on(device), inputs, torch.bfloat16)
 
 
-def test_a_stream_that_is_cut_has_the_gradients_of_the_whole(device):
+@pytest.mark.parametrize("case", ["inside a chunk, norm, init", "linear, norm, clip", "no tokens"])
+def test_gradients_of_all_that_the_layer_gives(case, device):
+    inputs = gradient_inputs(torch.bfloat16, **CASES[case])
+    assert_within_budgets(layer_on(device), inputs, torch.bfloat16, reference.neural_memory)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_stream_that_is_cut_has_the_gradients_of_the_whole(reads, device):
     inputs = gradient_inputs(tokens=96, heads=1, hidden=40, chunk_size=32, max_grad_norm=0.5)
-    whole, again, cut = (results(write_on(device, c), inputs) for c in ((), (), (32,)))
+    whole, again, cut = (results(layer_on(device, c, reads), inputs) for c in ((), (), (32,)))
     for name, x in whole.items():
         assert torch.equal(again[name], x), name
         assert torch.equal(cut[name], x), name  # through memory, in float32
     # inside a chunk, whose tokens then meet in other sums
-    assert_within_budgets(write_on(device, (40,)), inputs, torch.bfloat16)
+    definition = reference.neural_memory if reads else closed_form
+    assert_within_budgets(layer_on(device, (40,), reads), inputs, torch.bfloat16, definition)
+
+
+@pytest.mark.parametrize("step", ["token", "chunk"])
+def test_what_comes_later_has_no_gradient(step, device):
+    # of the seventh token of a chunk's second tile
+    inputs = gradient_inputs(tokens=140, chunk_size=130, heads=1, step=step, max_grad_norm=1.0)
+
+    def early(*given, **options):
+        out = of_output(layer_on(device))(*given, **options)
+        return out._replace(output=out.output[:, 64:71])
+
+    names = ["q", "k", "v", "lr"]
+    grads = [x for name, x in results(early, inputs).items() if name.startswith("grad")]
+    for name, x in zip(names, grads[:4], strict=True):
+        assert (x[:, 71:] == 0).all(), name
+        is_read = step == "token" or name == "q"  # with chunk steps the state before the chunk is
+        assert (x[:, 64:71] != 0).any() == is_read, name

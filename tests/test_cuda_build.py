@@ -91,6 +91,19 @@ def test_a_change_of_the_sources_is_built_anew(pretender, monkeypatch):
 
 
 @needs_ninja
+def test_other_flags_are_built_anew(pretender, monkeypatch):
+    first = build.cached(["90a"])
+    monkeypatch.setenv("MAL_NVCC_FLAGS", "-DMAL_MMA_SYNC")
+    build.source_hash.cache_clear()
+    try:
+        assert build.cached(["90a"]) != first
+    finally:
+        build.source_hash.cache_clear()
+    compiled = [line for line in pretender[1]() if " -c " in line]
+    assert sum("-DMAL_MMA_SYNC" in line for line in compiled) == len(compiled) // 2
+
+
+@needs_ninja
 def test_an_error_comes_with_its_log_and_leaves_nothing(pretender):
     pretender[0](broken="library")
     with pytest.raises(
@@ -156,7 +169,7 @@ def structs():
             for name in names.split(", "):
                 if kind == "mal_memory_call":
                     yield from fields(bodies[kind])
-                elif kind == "mal_state":
+                elif kind in bodies:
                     yield from (f"{name}_{part}" for part in fields(bodies[kind]))
                 else:
                     assert star or kind in ("int64_t", "double"), f"{name} is not 8 bytes wide"
@@ -191,7 +204,7 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
     options = (8, "token", "relu", False, None)
     call = neural_memory.Call(x, x, x, *[gate] * 3, state, state, [], [], None, None, *options)
     neural_memory.memory_fwd(call, keeps=False)
-    neural_memory_backward.memory_bwd(gate, state, state, [], call)
+    neural_memory_backward.memory_bwd(x, gate, state, state, [], call)
     monkeypatch.setattr(aligned_residual_read, "multiprocessors", lambda _: 132)
     index = torch.zeros(2, dtype=torch.int64)
     aligned_residual_read.aligned_fwd(x[0], index, index, state, [x] * 4, "relu", False)
@@ -202,7 +215,7 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
 
 # registers that a thread may have, by kernel, for the GPU that the kernels were written for
 REGISTERS = {"forward": 128, "backward": 168, "aligned_read": 160}
-REGISTERS |= {"memory_forward": 255, "memory_backward": 255}
+REGISTERS |= {"memory_forward": 255, "memory_backward": 255, "memory_read_backward": 192}
 
 
 def has_nvcc():
@@ -234,6 +247,27 @@ def test_compiles_for_every_target_without_spills(compiled):
         if cost.target == "90a":
             name = cost.kernel.split("<")[0].split("::")[-1]
             assert cost.registers <= REGISTERS[name], cost
+
+
+@needs_nvcc
+def test_hopper_multiplies_by_warpgroup(compiled):
+    # ptxas neither serialises wgmma nor adds to it
+    assert not re.search(r"C7\d{3}|wgmma|warpgroup", compiled[1])
+    triton = pytest.importorskip("triton")  # cuobjdump comes with it
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    if not (tools / "cuobjdump").exists():
+        pytest.skip("cuobjdump is not installed")
+    command = [tools / "cuobjdump", "-sass", "-arch", "sm_90a", compiled[0]]
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    codes = dict(re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", done.stdout, re.DOTALL))
+    codes = {name: code for name, code in codes.items() if "memory_" in name}
+    assert len(codes) == 12  # three kernels of two types and two widths
+    for name, code in codes.items():
+        by_warpgroup, by_warp = (len(re.findall(rf"\s{x}\.", code)) for x in ("HGMMA", "HMMA"))
+        assert by_warpgroup >= 40, name
+        if "Li64E" in name and "memory_read" not in name:  # else W2 has 32 rows
+            assert by_warp == 0, name
 
 
 @needs_nvcc

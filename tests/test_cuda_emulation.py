@@ -7,9 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from emulation import COMPILER, Refused, in_program, needs_compiler, program, serve
 from test_cuda_aligned_read import cuda, turn
-from test_cuda_backward import gradient_inputs, write_on
+from test_cuda_backward import gradient_inputs, layer_on, write_on
 from test_cuda_ops import called, memory_inputs, scan, scan_tensors, values_and_gradients, written
 
 from mal_kernels import ops
@@ -35,6 +36,7 @@ SCANS = [dict(features=(65,), lengths=[3, 0, 40], heads=1), dict(features=(520,)
 MEMORY = dict(heads=1, hidden=128, init=True, residual_norm=True)
 WRITE = MEMORY | dict(tokens=70, chunk_size=None, step="chunk", max_grad_norm=0.5)
 READ = MEMORY | dict(tokens=70, chunk_size=68)
+SHORT = dict(tokens=9, chunk_size=8, max_grad_norm=0.5)
 CASES = {
     "momentum_scan.cu": lambda: [run_scan(**case) for case in SCANS],
     "memory_update.cu": lambda: [
@@ -43,6 +45,9 @@ CASES = {
     ],
     "memory_update_bwd.cu": lambda: [
         results(write_on("cpu"), gradient_inputs(**WRITE)),
+    ],
+    "memory_read_bwd.cu": lambda: [
+        results(layer_on("cpu"), gradient_inputs(**READ | SHORT)),
     ],
     # two blocks; parts of a sum, more slabs than are alive and items than blocks, several states
     "aligned_read.cu": lambda: [cuda(turn(tokens=17, heads=1, width=392, splits=2), "cpu")],
@@ -54,6 +59,18 @@ CASES = {
 def test_sanitizers_find_nothing(source, sanitizer, folder, monkeypatch):
     serve(monkeypatch, in_program(program(folder, source, sanitizer)))
     CASES[source]()
+
+
+@pytest.mark.parametrize("source", ["memory_update.cu", "memory_update_bwd.cu"])
+def test_products_of_a_warp_give_the_same_bits(source, folder, monkeypatch):
+    # without wgmma; here both sum in the same order
+    found = []
+    for flags in ((), ("-DMAL_MMA_SYNC",)):
+        serve(monkeypatch, in_program(program(folder, source, "thread", *flags)))
+        found.append(CASES[source]())
+    for by_warpgroup, by_warp in zip(*found, strict=True):
+        assert by_warp.keys() == by_warpgroup.keys()
+        assert all(torch.equal(x, by_warpgroup[name]) for name, x in by_warp.items())
 
 
 BUGS = {
@@ -87,7 +104,8 @@ BUGS = {
     "the cluster is not waited for": (
         "memory_update.cu",
         "thread",
-        ("    cluster_sync();  // h W2, of every block\n", "    __syncthreads();\n"),
+        ("    cluster_sync();  // h W2, of every block\n    error(token, count, turn",
+         "    block_sync();\n    error(token, count, turn"),
         "data race",
     ),
     "one stage does not wait for another": (
@@ -115,6 +133,13 @@ BUGS = {
         ("exchange_norms(turn, a.q)", "exchange_norms(turn, false)"),
         "data race",
     ),
+    "dq is written where W1 is still read": (
+        "memory_read_bwd.cu",
+        "thread",
+        ("    block_sync();  // the states have been read\n    locate();\n    store_part(d, 1);",
+         "    locate();\n    store_part(d, 1);"),
+        "data race",
+    ),
     "dW2 is overwritten by do while it is read": (
         "memory_update_bwd.cu",
         "thread",
@@ -124,17 +149,41 @@ BUGS = {
     "a copy is not waited for": (
         "memory_update.cu",
         "thread",
-        ("      __syncthreads();  // all of this tile is there; the last one is over\n",
-         ""),
+        ("      block_sync();  // all of this tile is there; the last one is over\n", ""),
+        "gives wgmma what has not passed fence_proxy_async and a barrier",
+    ),
+    "a copy is not waited for, without wgmma": (
+        "memory_update.cu",
+        "thread",
+        ("      block_sync();  // all of this tile is there; the last one is over\n", ""),
         "data race",
+        "-DMAL_MMA_SYNC",
+    ),
+    "a barrier without a fence": (
+        "memory_update.cu",
+        "address",
+        ("    block_sync();  // h\n    project(turn);", "    __syncthreads();\n    project(turn);"),
+        "gives wgmma what has not passed fence_proxy_async and a barrier",
+    ),
+    "weights are overwritten that are being read": (
+        "memory_update.cu",
+        "thread",
+        ("    block_sync();  // the scores; W and S have been read\n", ""),
+        "data race",
+    ),
+    "a product is not waited for": (
+        "memory_update.cu",
+        "address",
+        ("    finish(w1, s1, w2, s2);\n", ""),
+        "ends with products that it has not waited for",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_found(bug, folder, monkeypatch):
-    source, sanitizer, edit, report = BUGS[bug]
-    serve(monkeypatch, in_program(program(folder, source, sanitizer, edit)))
+    source, sanitizer, edit, report, *flags = BUGS[bug]
+    serve(monkeypatch, in_program(program(folder, source, sanitizer, *flags, bug=edit)))
     with pytest.raises(Refused, match=report):
         CASES[source]()
 
@@ -145,7 +194,7 @@ def test_shared_memory_starts_as_nan(folder, monkeypatch):
         "  shared.ends[threadIdx.x] = end;\n",
         "  if (t.lane) shared.ends[threadIdx.x] = end;\n",
     )
-    serve(monkeypatch, in_program(program(folder, "momentum_scan.cu", "address", edit)))
+    serve(monkeypatch, in_program(program(folder, "momentum_scan.cu", "address", bug=edit)))
     assert any(x.isnan().any() for result in CASES["momentum_scan.cu"]() for x in result.values())
 
 
@@ -158,6 +207,21 @@ LAYOUT_BUGS = {
         "Place{lane % 8, 8 * (lane / 8)}",
     ),
     "padding": ("memory_update.h", "kPad = 8", "kPad = 0"),
+    "swizzle": ("swizzle.h", "column ^ 8 * (row * kPart / 64 % (kPart / 8))", "column"),
+    "swizzle of 64 bytes": ("swizzle.h", "(row * kPart / 64 % (kPart / 8))", "(row % (kPart / 8))"),
+    "parts of a tile": ("swizzle.h", "column / kPart * kRows + row", "column / kPart * 64 + row"),
+    "descriptor, leading": (
+        "swizzle.h",
+        "kLeading = kRows * kPart / 8",
+        "kLeading = 8 * kPart / 8",
+    ),
+    "descriptor, stride": ("swizzle.h", "kStride = kPattern / 16", "kStride = kPart / 8"),
+    "descriptor, mode": ("swizzle.h", "kPart == 64 ? 1 : 2", "1"),
+    "descriptor, start": (
+        "swizzle.h",
+        "straight(row, column) / 8",
+        "straight(row, column % 32) / 8",
+    ),
     "half a warp": ("memory_update.h", "(blocks < kWarps ? blocks : kWarps)", "blocks"),
     "tiles from behind": (
         "memory_update_bwd.h",

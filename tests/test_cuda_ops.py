@@ -295,18 +295,6 @@ def test_writes_that_the_kernel_cannot_serve_are_refused(case, device):
         written(ops.memory_update, memory_inputs(**sizes), device, backend="cuda")
 
 
-def test_a_read_that_wants_gradients_is_refused(device):
-    *given, options = memory_inputs()
-    given[1].requires_grad_()  # k
-    with pytest.raises(BackendUnavailable, match="no backward yet"):
-        ops.neural_memory(
-            *(x.to(device) for x in given[:6]),
-            given[6].map(lambda x: x.to(device)),
-            **options,
-            backend="cuda",
-        )
-
-
 # --- what is refused everywhere -------------------------------------------------------------------
 
 

@@ -167,6 +167,95 @@ def product(run, name, dtype):
     assert torch.equal(fields[2], expected)
 
 
+class Image:
+    """Shared memory with tiles in the layouts of the PTX ISA, "Shared Memory Matrix Layout"."""
+
+    def __init__(self):
+        self.numbers = torch.zeros(0, dtype=torch.int16)
+
+    def place(self, tile: Tensor, width: int) -> Callable[[int, int], int]:
+        """Puts ``tile`` there, swizzled ``width`` bytes wide; its descriptors by row and column."""
+        rows, columns = tile.shape
+        wide = width // 2  # numbers
+        row, column = torch.arange(rows)[:, None], torch.arange(columns)
+        linear = (column // wide * rows + row) * wide + column % wide
+        chunk = linear // 8  # of 16 bytes; those of 128 bytes change places
+        index = (chunk ^ chunk // 8 % (width // 16)) * 8 + linear % 8
+        begin = len(self.numbers)
+        numbers = unwritten(rows * columns, dtype=torch.int16)
+        numbers[index] = tile.view(torch.int16)
+        self.numbers = torch.cat([self.numbers, numbers])
+
+        def descriptor(row: int, column: int) -> int:
+            first = 2 * (begin + int(linear[row, column]))
+            fields = (first, 0), (rows * width, 16), (8 * width, 32)
+            assert all(0 <= x < 1 << 18 and x % 16 == 0 for x, _ in fields)
+            mode = {128: 1, 64: 2, 32: 3}[width]
+            bits = sum(x // 16 << shift for x, shift in fields) | mode << 62
+            return bits - (bits >> 63 << 64)  # as int64
+
+        return descriptor
+
+
+# rows, columns and bytes of the swizzle of a tile that holds an operand, and where this begins:
+# a[64, 16] by k and by m, b[16, n] by k and by n, for each n and of each warpgroup
+PLACES = {
+    16: (
+        ((64, 64, 128), (0, 48)), ((32, 64, 64), (16, 0)), ((64, 32, 64), (48, 16)),
+        ((128, 32, 64), (96, 16)),
+        ((64, 128, 128), (0, 64)), ((16, 128, 128), (0, 64)), ((32, 128, 128), (16, 112)),
+        ((64, 64, 128), (32, 48)),
+    ),
+    32: (
+        ((64, 32, 64), (0, 16)), ((64, 64, 128), (48, 0)), ((64, 64, 128), (32, 16)),
+        ((64, 64, 128), (16, 32)),
+        ((64, 64, 128), (0, 32)), ((32, 128, 128), (0, 64)), ((32, 128, 128), (0, 96)),
+        ((64, 32, 64), (0, 0)),
+    ),
+    64: (
+        ((64, 16, 32), (0, 0)), ((48, 64, 32), (32, 0)), ((64, 128, 128), (0, 80)),
+        ((32, 128, 128), (16, 64)),
+        ((64, 64, 128), (0, 0)), ((16, 64, 64), (0, 0)), ((64, 128, 64), (0, 64)),
+        ((32, 64, 64), (16, 0)),
+    ),
+}  # fmt: skip
+
+
+def products(run, name, dtype):
+    # of a warpgroup, from every kind of tile; integers, as above
+    for columns, places in PLACES.items():
+        image, descriptors, operands = Image(), [], []
+        for i, ((rows, wide, width), (row, column)) in enumerate(places):
+            tile = torch.randint(-9, 10, (rows, wide)).to(dtype)
+            descriptors.append(image.place(tile, width)(row, column))
+            shape = (64, 16) if i % 4 < 2 else (16, columns)
+            long, short = shape if i % 4 in (0, 3) else reversed(shape)
+            operand = tile[row : row + long, column : column + short]
+            assert operand.shape == (long, short)
+            operands.append((operand if i % 4 in (0, 3) else operand.mT).double())
+        in_registers = torch.randint(-9, 10, (2, 64, 16)).to(dtype)
+        c = torch.randint(-99, 100, (6, 2, 64, columns)).double()
+        expected = c.clone()
+        for group in range(2):
+            by_k, by_m, *b = operands[4 * group :][:4]
+            for i, a in enumerate((by_k, by_m, in_registers[group].double())):
+                for j in range(2):
+                    expected[2 * i + j, group] += a @ b[j]
+        fields = dict(columns=columns, count=len(image.numbers), memory=image.numbers)
+        fields["descriptor"] = torch.tensor(descriptors)
+        fields["a"] = torch.stack([fragment_a(x) for x in in_registers.view(8, 16, 16)])
+        fields["c"] = accumulators(c.float())
+        assert run(f"multiply_tiles_{name}", **fields) == 0
+        assert torch.equal(fields["c"], accumulators(expected.float()))
+
+
+def accumulators(c: Tensor) -> Tensor:
+    """Of ``[6, 2, 64, n]``, as two warpgroups hold it: ``[6, 256, n / 2]``."""
+    parts = c.view(6, 8, 16, -1, 8).transpose(2, 3).flatten(0, 2)  # of 16 x 8
+    held = torch.stack([fragment_c(x) for x in parts]).view(6, 8, -1, 32, 4)
+    return held.transpose(2, 3).reshape(6, 256, -1).contiguous()
+
+
 def matrices(run):
     # ldmatrix: rows of eight 16-bit numbers anywhere, at multiples of 16 bytes
     tile = torch.randint(-0x8000, 0x8000, (128, 8)).short()
@@ -234,7 +323,7 @@ def launches(run):
         assert torch.equal(found[..., 3:6], coordinates[1][:, None].expand(-1, threads, -1).int())
         last = 100 + torch.arange(blocks).int()[:, None]
         assert torch.equal(found[..., 6], last.expand(-1, threads))
-        assert not found[..., 7].any()  # aligned to 128 bytes
+        assert not found[..., 7].any()  # aligned to 1024 bytes
 
 
 def refusals(run):
@@ -259,6 +348,8 @@ CHECKS = {
     "__shfl_xor_sync, __syncwarp": shuffle,
     "mma bf16": partial(product, name="bf16", dtype=torch.bfloat16),
     "mma fp16": partial(product, name="fp16", dtype=torch.float16),
+    "wgmma bf16": partial(products, name="bf16", dtype=torch.bfloat16),
+    "wgmma fp16": partial(products, name="fp16", dtype=torch.float16),
     "load_matrices": matrices,
     "copy_async": copies,
     "cluster of 1": partial(clusters, blocks=1),
@@ -277,6 +368,8 @@ def test_wrapper(name, where, request):
     clusters = name in ("cluster of 2", "cluster of 8")
     if where == "compiled" and clusters and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters need compute capability 9.0")
+    if where == "compiled" and "wgmma" in name and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only compute capability 9.0 has wgmma")
     CHECKS[name](run)
 
 
@@ -288,6 +381,8 @@ WRONG = {
     "__shfl_xor_sync, __syncwarp": ("% 32) ^ mask)", "% 32 + mask) % 32)"),
     "mma bf16": ("upper + 2 * (k / 8)", "2 * upper + k / 8"),
     "mma fp16": ("4 + k / 8, k % 2", "4 + k % 2, k / 8"),
+    "wgmma bf16": ("address ^ address / 128 % chunks * 16", "address"),
+    "wgmma fp16": ("index / 16 / chunks * d.leading", "index / 16 / chunks * d.stride"),
     "load_matrices": ("8 * matrix + 2 * (lane % 4) + i", "8 * matrix + lane % 4 + 4 * i"),
     "copy_async": ("copies.size() > groups;", "copies.size() > groups + 1;"),
     "cluster of 2": ("emu::shared_memory(rank) + offset", "emu::shared_memory(rank ^ 1) + offset"),
@@ -328,6 +423,14 @@ def test_a_wrong_wrapper_is_found(name, wrong):
         ("'copy_in', given + 4, exists, out, out", "takes 16 bytes at no multiple of 16"),
         ("'load', 512, given, rows(4), out, out", "takes 16 bytes at no multiple of 16"),
         ("'load', 512, given, rows(512), out, out", "takes 16 bytes outside its shared memory"),
+        ("'multiply_wrongly', 0, out", "gives wgmma what has not passed fence_proxy_async"),
+        ("'multiply_wrongly', 1, out", "begins an operand inside a swizzling pattern"),
+        ("'multiply_wrongly', 2, out", "multiplies what other threads of its warpgroup do not"),
+        ("'multiply_wrongly', 3, out", "multiplies without wgmma_fence"),
+        ("'multiply_wrongly', 4, out", "takes accumulators that wgmma still writes"),
+        ("'multiply_wrongly', 5, out", "changes what wgmma still reads"),
+        ("'multiply_wrongly', 6, out", "writes accumulators of wgmma"),
+        ("'multiply_wrongly', 7, out", "takes accumulators that wgmma still writes"),
     ],
 )
 def test_what_the_hardware_would_refuse_ends_the_emulation(call, report, emulated):

@@ -30,9 +30,13 @@ namespace {
 constexpr size_t kStack = 64 * 1024;
 constexpr unsigned kNoOrder = 1;  // a switch of fibers orders nothing by itself
 
+struct Block;
+struct Fiber;
+
 struct Barrier {
   const char* name;
   unsigned expected;
+  std::vector<Block*> blocks = {};  // all of whose threads meet here
   unsigned arrived = 0, round = 0;
   char order[2] = {};  // what ThreadSanitizer sees released and acquired, in turns
 };
@@ -43,7 +47,13 @@ struct Warp {
   alignas(8) char slots[2][32 * 64];
 };
 
-constexpr std::align_val_t kAlignment{128};  // of shared memory, whose size is as asked for
+// Four warps that multiply together. Nothing but their numbers passes at the barrier.
+struct Warpgroup {
+  Barrier barrier;
+  std::vector<Fiber*> fibers;
+};
+
+constexpr std::align_val_t kAlignment{1024};  // of shared memory, whose size is as asked for
 
 struct Delete {
   void operator()(char* p) const { ::operator delete(p, kAlignment); }
@@ -51,10 +61,13 @@ struct Delete {
 
 struct Block {
   std::unique_ptr<char, Delete> memory;
-  size_t bytes;
+  size_t bytes, threads;
   Barrier barrier;
   std::deque<Warp> warps;
+  std::deque<Warpgroup> warpgroups;
   unsigned rank;
+  std::unique_ptr<char[]> fenced;  // the memory when all threads had last passed fences and met
+  size_t fences = 0;               // threads that have passed one since they met
 };
 
 struct Cluster;
@@ -65,6 +78,15 @@ struct Copy {
   size_t bytes;
   bool exists;
 };
+
+// What a thread's accumulators will be; they are NaN while products are under way.
+struct Accumulators {
+  float* c;
+  std::vector<float> values;
+  unsigned under_way = 0;
+};
+
+constexpr unsigned kUnderWay = 0xFFFFFFFF;  // NaN
 
 struct Fiber {
   ucontext_t context;
@@ -81,6 +103,11 @@ struct Fiber {
   bool done = false;
   std::vector<Copy> started;  // since the last commit
   std::deque<std::vector<Copy>> copies;
+  Warpgroup* warpgroup;
+  std::vector<Product> products;  // likewise
+  std::deque<std::vector<Product>> groups;
+  std::deque<Accumulators> accumulators;
+  bool fenced_products = false, fenced_proxy = false;
 };
 
 struct Cluster {
@@ -125,6 +152,7 @@ void start() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
   if (__tsan_acquire) __tsan_acquire(&launch_begin);
   (*kernel)();
+  if (!current->accumulators.empty()) fail("ends with products that it has not waited for");
   if (__tsan_release) __tsan_release(&launch_end);
   current->done = true;
   leave();
@@ -137,30 +165,41 @@ void prepare(ucontext_t& context, void* stack) {
   makecontext(&context, start, 0);
 }
 
-void wait(Barrier& barrier) {
+// The last thread to come goes on at once, calls `last` and does not leave before.
+template <class Last>
+void meet(Barrier& barrier, Last last) {
   Fiber& fiber = *current;
-  char* order = &barrier.order[barrier.round % 2];
-  if (__tsan_release) __tsan_release(order);
   fiber.round = barrier.round;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     barrier.round++;
+    last();
   } else {
     fiber.waits_at = &barrier;
     leave();
   }
+}
+
+// What all threads of a block have written becomes visible to the asynchronous proxy, if all have
+// passed a fence.
+void show(Block& block) {
+  if (std::exchange(block.fences, 0) < block.threads) return;
+  for (size_t i = 0; i < block.bytes; i++) block.fenced[i] = block.memory.get()[i];
+}
+
+void wait(Barrier& barrier) {
+  char* order = &barrier.order[barrier.round % 2];
+  if (__tsan_release) __tsan_release(order);
+  if (!barrier.blocks.empty())
+    current->block->fences += std::exchange(current->fenced_proxy, false);
+  meet(barrier, [&] {
+    for (Block* block : barrier.blocks) show(*block);
+  });
   if (__tsan_acquire) __tsan_acquire(order);
 }
 
 bool is_ready(const Fiber& fiber) {
   return !fiber.done && (!fiber.waits_at || fiber.waits_at->round != fiber.round);
-}
-
-[[noreturn]] void fail(const std::string& what) {
-  auto [thread, block, dim, _] = current->position;
-  std::fprintf(stderr, "emulation: thread %u of block %u %s\n",
-               thread.x + dim.x * (thread.y + dim.y * thread.z), block.x, what.c_str());
-  std::abort();
 }
 
 // Every second pass runs the threads in the opposite order.
@@ -178,11 +217,115 @@ void run_all(std::deque<Fiber>& fibers) {
   for (Fiber& fiber : fibers) {
     if (fiber.done) continue;
     current = &fiber;
-    fail(std::string("waits at ") + fiber.waits_at->name + " that others never reach");
+    fail((std::string("waits at ") + fiber.waits_at->name + " that others never reach").c_str());
   }
 }
 
+// --- products of a warpgroup -------------------------------------------------------------------
+
+// The fields of a matrix descriptor of sm_90.
+struct Descriptor {
+  unsigned start, leading, stride, base, mode;
+  explicit Descriptor(uint64_t bits)
+      : start(16 * (bits & 0x3FFF)),
+        leading(16 * (bits >> 16 & 0x3FFF)),
+        stride(16 * (bits >> 32 & 0x3FFF)),
+        base(bits >> 49 & 7),
+        mode(bits >> 62) {
+    if (bits & 0x3FF1'C000'C000'C000) fail("sets reserved bits of a descriptor");
+  }
+};
+
+float number(uint16_t bits, bool is_bf16) {
+  return is_bf16 ? mal::to_float(mal::bf16{bits})
+                 : static_cast<float>(std::bit_cast<_Float16>(bits));
+}
+
+// Calls `each` with the row (of b: the column), k and value of the eight numbers of an operand that
+// thread `index` of the warpgroup has read, or has in registers.
+template <class Each>
+void each_number(const Operand& operand, unsigned index, bool is_bf16, Each each) {
+  for (unsigned i = 0; i < 8; i++) {
+    unsigned row = index / 2, k = index % 2 * 8 + i;
+    if (operand.in_registers) {  // PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"
+      row = index / 32 * 16 + index % 32 / 4 + i / 2 % 2 * 8;
+      k = i / 4 * 8 + index % 4 * 2 + i % 2;
+    } else if (operand.is_major_mn) {
+      row = index / 16 * 8 + i, k = index % 16;
+    }
+    each(row, k, number(operand.four[i / 2] >> 16 * (i % 2), is_bf16));
+  }
+}
+
+Accumulators* accumulators_at(Fiber& fiber, const float* c) {
+  for (Accumulators& x : fiber.accumulators)
+    if (x.c == c) return &x;
+  return nullptr;
+}
+
+// c[64, n] += a b, of what the threads hold as their products `of`.
+void multiply(const std::vector<Fiber*>& fibers, const std::vector<const Product*>& of) {
+  const Product& first = *of[0];
+  unsigned columns = first.columns;
+  std::vector<float> a(64 * 16), b(16 * columns), c(64 * columns);
+  for (unsigned t = 0; t < 128; t++) {
+    const Product& mine = *of[t];
+    if (mine.a.descriptor != first.a.descriptor || mine.b.descriptor != first.b.descriptor)
+      fail("multiplies what other threads of its warpgroup do not");
+    each_number(mine.a, t, mine.is_bf16, [&](int row, int k, float x) { a[16 * row + k] = x; });
+    if (mine.b.is_mine)
+      each_number(mine.b, t, mine.is_bf16, [&](int n, int k, float x) { b[columns * k + n] = x; });
+  }
+  // PTX ISA, "Accumulator D": number i of thread t
+  auto place = [&](unsigned t, unsigned i) -> float& {
+    unsigned row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8;
+    return c[row * columns + i / 4 * 8 + t % 4 * 2 + i % 2];
+  };
+  auto values = [&](unsigned t) { return accumulators_at(*fibers[t], of[t]->c)->values.data(); };
+  for (unsigned t = 0; t < 128; t++)
+    for (unsigned i = 0; i < columns / 2; i++) place(t, i) = values(t)[i];
+  for (unsigned row = 0; row < 64; row++)
+    for (unsigned k = 0; k < 16; k++)
+      for (unsigned n = 0; n < columns; n++)
+        c[row * columns + n] += a[16 * row + k] * b[k * columns + n];
+  for (unsigned t = 0; t < 128; t++)
+    for (unsigned i = 0; i < columns / 2; i++) values(t)[i] = place(t, i);
+}
+
+// One product less is under way. A thread frees itself what it has allocated: ThreadSanitizer would
+// report anything else.
+void complete(Fiber& fiber, const float* c) {
+  Accumulators& done = *accumulators_at(fiber, c);
+  if (--done.under_way) return;
+  for (size_t i = 0; i < done.values.size(); i++) {
+    if (std::bit_cast<unsigned>(done.c[i]) != kUnderWay) fail("writes accumulators of wgmma");
+    done.c[i] = done.values[i];
+  }
+  std::erase_if(fiber.accumulators, [](const Accumulators& x) { return !x.under_way; });
+}
+
+void multiply_groups(const std::vector<Fiber*>& fibers, size_t count) {
+  if (fibers.size() != 128) fail("is of no whole warpgroup");
+  for (size_t g = 0; g < count; g++)
+    for (size_t i = 0; i < fibers[0]->groups[g].size(); i++) {
+      std::vector<const Product*> products;
+      for (Fiber* fiber : fibers) {
+        if (fiber->groups.size() <= g || fiber->groups[g].size() <= i)
+          fail("multiplies more often than other threads of its warpgroup");
+        products.push_back(&fiber->groups[g][i]);
+      }
+      multiply(fibers, products);
+    }
+}
+
 }  // namespace
+
+void fail(const char* what) {
+  auto [thread, block, dim, _] = current->position;
+  std::fprintf(stderr, "emulation: thread %u of block %u %s\n",
+               thread.x + dim.x * (thread.y + dim.y * thread.z), block.x, what);
+  std::abort();
+}
 
 const Position& here() { return current->position; }
 char* shared_memory(unsigned rank) { return current->cluster->blocks[rank].memory.get(); }
@@ -209,15 +352,7 @@ const char* exchange(const void* mine, size_t bytes) {
   unsigned lane = fiber.position.thread.x % 32;
   for (size_t i = 0; i < bytes; i++) slots[64 * lane + i] = static_cast<const char*>(mine)[i];
   // nothing but the values passes: unlike a barrier it orders no memory access
-  Barrier& barrier = fiber.warp->barrier;
-  fiber.round = barrier.round;
-  if (++barrier.arrived == barrier.expected) {
-    barrier.arrived = 0;
-    barrier.round++;
-  } else {
-    fiber.waits_at = &barrier;
-    leave();
-  }
+  meet(fiber.warp->barrier, [] {});
   return slots;
 }
 
@@ -225,9 +360,7 @@ void multiply(float* c, const char* fragments, bool is_bf16) {
   auto element = [&](unsigned lane, unsigned index, unsigned half) {
     uint32_t pair;
     std::memcpy(&pair, fragments + 64 * lane + 4 * index, 4);
-    uint16_t bits = half ? pair >> 16 : pair;
-    return is_bf16 ? mal::to_float(mal::bf16{bits})
-                   : static_cast<float>(std::bit_cast<_Float16>(bits));
+    return number(half ? pair >> 16 : pair, is_bf16);
   };
   unsigned lane = current->position.thread.x % 32;
   for (unsigned i = 0; i < 4; i++) {
@@ -238,6 +371,69 @@ void multiply(float* c, const char* fragments, bool is_bf16) {
       c[i] += a * b;
     }
   }
+}
+
+// PTX ISA, "Shared Memory Matrix Layout" and "Strides": the operand is made of patterns of eight
+// rows, as wide as the swizzling mode, with `row` and `chunk` before chunks change places.
+const char* place_of(const Operand& operand, unsigned index) {
+  Descriptor d(operand.descriptor);
+  const unsigned width[] = {0, 8, 4, 2};  // chunks of 16 bytes
+  const unsigned chunks = width[d.mode];
+  if (!chunks) fail("multiplies without a swizzling mode, which is not emulated");
+  if (d.base || d.start / 128 % chunks) fail("begins an operand inside a swizzling pattern");
+  unsigned row = index / 2, chunk = index % 2, apart = row / 8 * d.stride;
+  if (operand.is_major_mn) {
+    row = index % 16, chunk = index / 16 % chunks;
+    apart = row / 8 * d.stride + index / 16 / chunks * d.leading;
+  }
+  unsigned address = d.start + apart + row % 8 * 16 * chunks + 16 * chunk;
+  return current->block->memory.get() + (address ^ address / 128 % chunks * 16);
+}
+
+void fence_products() { current->fenced_products = true; }
+
+void start_product(const Product& product) {
+  Fiber& fiber = *current;
+  if (!fiber.fenced_products) fail("multiplies without wgmma_fence");
+  Accumulators* c = accumulators_at(fiber, product.c);
+  if (!c) {
+    float* end = product.c + product.columns / 2;
+    c = &fiber.accumulators.emplace_back(Accumulators{product.c, {product.c, end}});
+    std::fill(product.c, end, std::bit_cast<float>(kUnderWay));
+  }
+  c->under_way++;
+  fiber.products.push_back(product);
+}
+
+void commit_products() {
+  current->groups.push_back(std::exchange(current->products, {}));
+  current->fenced_products = false;
+}
+
+void wait_for_products(size_t groups, const std::function<void(const Operand&)>& read_again) {
+  Fiber& fiber = *current;
+  size_t due = fiber.groups.size() > groups ? fiber.groups.size() - groups : 0;
+  if (!due) return;
+  for (size_t g = 0; g < due; g++)
+    for (const Product& product : fiber.groups[g])
+      for (Operand operand : {product.a, product.b}) read_again(operand);  // of its own stack
+  Warpgroup& warpgroup = *fiber.warpgroup;
+  meet(warpgroup.barrier, [&] { multiply_groups(warpgroup.fibers, due); });
+  for (; due; due--, fiber.groups.pop_front())
+    for (const Product& product : fiber.groups.front()) complete(fiber, product.c);
+}
+
+void must_be_complete(const float* c) {
+  if (accumulators_at(*current, c)) fail("takes accumulators that wgmma still writes");
+}
+
+void fence_proxy_async() { current->fenced_proxy = true; }
+
+void must_be_fenced(const char* p) {
+  const Block& block = *current->block;
+  for (auto at = p - block.memory.get(), end = at + 16; at < end; at++)
+    if (block.memory.get()[at] != block.fenced[at])
+      fail("gives wgmma what has not passed fence_proxy_async and a barrier");
 }
 
 void copy_later(void* to, const void* from, size_t bytes, bool exists) {
@@ -269,13 +465,19 @@ void run(dim3 grid, dim3 block, size_t bytes, unsigned cluster, const std::funct
     c.barrier = {"a cluster barrier", threads * cluster};
     for (unsigned r = 0; r < cluster; r++) {
       Block& b = c.blocks.emplace_back();
-      b.bytes = bytes;
+      b.bytes = bytes, b.threads = threads;
       b.memory.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
       std::memset(b.memory.get(), 0xFF, bytes);
-      b.barrier = {"a block barrier", threads};
+      b.fenced = std::make_unique_for_overwrite<char[]>(bytes);
+      std::memset(b.fenced.get(), 0xFF, bytes);
+      b.barrier = {"a block barrier", threads, {&b}};
+      c.barrier.blocks.push_back(&b);
       b.rank = r;
       for (unsigned t = 0; t < threads; t += 32)
         b.warps.emplace_back().barrier = {"a warp barrier", std::min(32u, threads - t)};
+      for (unsigned t = 0; t < threads; t += 128)
+        b.warpgroups.emplace_back().barrier = {"a warpgroup's products",
+                                               std::min(128u, threads - t)};
     }
     if (__tsan_release) __tsan_release(&launch_begin);
     for (unsigned i = 0; i < threads * cluster; i++) {
@@ -289,6 +491,8 @@ void run(dim3 grid, dim3 block, size_t bytes, unsigned cluster, const std::funct
       fiber.cluster = &c;
       fiber.block = &c.blocks[i / threads];
       fiber.warp = &fiber.block->warps[t / 32];
+      fiber.warpgroup = &fiber.block->warpgroups[t / 128];
+      fiber.warpgroup->fibers.push_back(&fiber);
       fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
       if (__tsan_create_fiber) fiber.watched = __tsan_create_fiber(0);
       prepare(fiber.context, fiber.stack.get());

@@ -6,10 +6,18 @@
 // AddressSanitizer sees every access out of bounds. A barrier that some thread never reaches ends
 // the program with its name.
 //
+// A product of a warpgroup reads shared memory by its descriptors' fields, not by any tile's type.
+// Its accumulators are NaN until it is waited for. What it reads must not change until then, and
+// must have been there at a barrier to which all threads came through a fence of the async proxy.
+//
 // What this cannot show, and only a GPU can:
 //  * whether ../device.cuh calls the hardware's instructions rightly. Each wrapper is written here
 //    anew; tests/cuda_wrappers.cu holds both to one definition, but a GPU must run the other half.
-//  * memory order weaker than that of a barrier: fences, their scope, the asynchronous proxy.
+//  * memory order weaker than that of a barrier. Of the async proxy it knows only that a
+//    fence of every thread stands before a barrier.
+//  * whether wgmma takes a descriptor as the manual is understood here: above all one that starts
+//    inside a row of a swizzled tile, which the manual does not speak of, though others do it. Nor
+//    whether registers with a change while wgmma reads them: they are read at once here.
 //  * threads that really run at once: fibers take turns, and only at barriers. A loop that waits
 //    for another thread's write never ends; the mask of a shuffle is not looked at. A copy arrives
 //    whole, when it is waited for: not early, not in parts, not out of order.
@@ -58,6 +66,32 @@ void must_be_shared(const void* p);
 // valid until the warp's next exchange.
 const char* exchange(const void* mine, size_t bytes);
 void multiply(float* c, const char* fragments, bool is_bf16);  // fragments: of exchange, a then b
+// An operand of wgmma: this thread's registers, or what a descriptor tells of shared memory, of
+// which a thread of the warpgroup reads 16 bytes.
+struct Operand {
+  uint64_t descriptor;
+  bool in_registers, is_major_mn, is_mine;  // is_mine: there are 16 bytes for this thread
+  uint32_t four[4];
+};
+struct Product {
+  float* c;          // this thread's accumulators
+  unsigned columns;  // n; each thread has n / 2
+  Operand a, b;
+  bool is_bf16;
+};
+// Where the 16 bytes stand that thread `index` of the warpgroup reads.
+const char* place_of(const Operand& operand, unsigned index);
+void start_product(const Product& product);
+void fence_products();
+void commit_products();
+// Calls `read_again` with the operands of all but the newest `groups` groups, and completes them;
+// then the accumulators `c` must not be under way any more.
+void wait_for_products(size_t groups, const std::function<void(const Operand&)>& read_again);
+void must_be_complete(const float* c);
+void fence_proxy_async();
+void must_be_fenced(const char* p);  // 16 bytes of shared memory
+[[noreturn]] void fail(const char* what);
+
 void copy_later(void* to, const void* from, size_t bytes, bool exists);
 void commit_copies();
 void wait_for_copies(size_t groups);
@@ -144,9 +178,23 @@ int launch_together(void (*kernel)(Arguments), unsigned blocks, dim3 block, size
 inline void grid_sync() { emu::cluster_barrier(); }
 inline void prefetch(const void* p) { *static_cast<const volatile char*>(p); }  // it must exist
 
+#ifdef MAL_MMA_SYNC
+constexpr bool kHasWgmma = false;
+#else
+constexpr bool kHasWgmma = true;
+#endif
+
 inline void reread(unsigned index, int& x) { x = index; }
 inline unsigned cluster_rank() { return emu::rank(); }
-inline void cluster_sync() { emu::cluster_barrier(); }
+inline void fence_proxy_async() { emu::fence_proxy_async(); }
+inline void block_sync() {
+  if (kHasWgmma) fence_proxy_async();
+  __syncthreads();
+}
+inline void cluster_sync() {
+  if (kHasWgmma) fence_proxy_async();
+  emu::cluster_barrier();
+}
 template <class T>
 T* map_shared(T* p, unsigned rank) {
   auto offset = reinterpret_cast<char*>(p) - emu::shared_memory(emu::rank());
@@ -188,6 +236,60 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
     }
   }
 }
+
+// --- products of a warpgroup: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" --------
+
+enum Major { kMajorK, kMajorMN };
+
+inline uint32_t shared_address(const void* p) {
+  return static_cast<const char*>(p) - emu::shared_memory(emu::rank());
+}
+
+// What wgmma reads must have passed a fence, and may not change until it is waited for.
+inline emu::Operand operand(uint64_t descriptor, Major major, unsigned threads) {
+  emu::Operand x = {descriptor, false, major == kMajorMN, threadIdx.x % 128 < threads, {}};
+  if (!x.is_mine) return x;
+  const char* from = emu::place_of(x, threadIdx.x % 128);
+  emu::must_be_shared(from);
+  emu::must_be_fenced(from);
+  std::memcpy(x.four, from, sizeof x.four);
+  return x;
+}
+inline void must_be_the_same(const emu::Operand& x) {
+  if (x.in_registers || !x.is_mine) return;
+  if (std::memcmp(x.four, emu::place_of(x, threadIdx.x % 128), sizeof x.four))
+    emu::fail("changes what wgmma still reads");
+}
+
+template <class T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<bf16> = true;
+
+template <Major kA, Major kB, int kCount, class T>
+void wgmma(float (&c)[kCount][4], uint64_t a, uint64_t b, T) {
+  static_assert(kCount <= 8, "a thread would have to read more than 16 bytes of b");
+  emu::Operand of_a = operand(a, kA, 128), of_b = operand(b, kB, 16 * kCount);
+  emu::start_product({c[0], 8 * kCount, of_a, of_b, kIsBf16<T>});
+}
+template <Major kB, int kCount, class T>
+void wgmma(float (&c)[kCount][4], const uint32_t (&a)[4], uint64_t b, T) {
+  emu::Operand registers = {0, true, false, true, {a[0], a[1], a[2], a[3]}};
+  emu::start_product({c[0], 8 * kCount, registers, operand(b, kB, 16 * kCount), kIsBf16<T>});
+}
+template <int... kCounts>
+void wgmma_fence(float (&... c)[kCounts][4]) {
+  (emu::must_be_complete(c[0]), ...);
+  emu::fence_products();
+}
+inline void wgmma_commit() { emu::commit_products(); }
+template <int kGroups, int... kCounts>
+void wgmma_wait(float (&... c)[kCounts][4]) {
+  emu::wait_for_products(kGroups, must_be_the_same);
+  (emu::must_be_complete(c[0]), ...);
+}
+
+// --- copies --------------------------------------------------------------------------------------
 
 // The destination is NaN until the copy is waited for.
 inline void copy_async(void* to, const void* from, bool exists) {

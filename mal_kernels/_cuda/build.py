@@ -123,7 +123,7 @@ def _place(targets: Sequence[str]) -> Path:
 def source_hash() -> str:
     """Of everything that decides what the library does."""
     folder = source_folder()
-    digest = hashlib.sha256(repr(FLAGS).encode())
+    digest = hashlib.sha256(repr(_flags()).encode())
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -199,6 +199,11 @@ def costs(log: str) -> list[Cost]:
     ]
 
 
+def _flags() -> tuple[str, ...]:
+    """Those of nvcc and, such as ``-DMAL_MMA_SYNC`` for no wgmma, of ``MAL_NVCC_FLAGS``."""
+    return (*FLAGS, *os.environ.get("MAL_NVCC_FLAGS", "").split())
+
+
 def architectures(targets: Sequence[str]) -> list[str]:
     """Flags of nvcc: machine code for each of ``targets``."""
     return [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
@@ -207,7 +212,7 @@ def architectures(targets: Sequence[str]) -> list[str]:
 def _plan(nvcc: str, targets: Sequence[str], flags: Sequence[str]) -> str:
     """A ninja file: an object of every source, and the library of all."""
     define = r"-DMAL_TARGETS=\"" + " ".join(targets) + r"\""
-    options = " ".join([*FLAGS, *architectures(targets), f"'{define}'", *flags])
+    options = " ".join([*_flags(), *architectures(targets), f"'{define}'", *flags])
     lines = [
         "rule compile",
         f"  command = {nvcc} {options} -c $in -o $out",

@@ -1,17 +1,32 @@
-"""Backward of the write: launcher of ``csrc/memory_update_bwd.cu``."""
+"""Backward of the write and of the causal read.
+
+Launcher of ``csrc/memory_read_bwd.cu`` and ``csrc/memory_update_bwd.cu``.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import library
-from .neural_memory import Call, memory_fwd, state_fields
+from .neural_memory import Call, Fields, memory_fwd, state_fields
 
 TILE = 64  # tokens, kTokens of csrc/memory_update.h
 
 
+class Tiles(NamedTuple):
+    """Weights and momentum ``[slots, H, ...]`` before every tile of tokens."""
+
+    first: Tensor  # [rows] int64, the slot of each row's first
+    slots: int  # no fewer than there are tiles
+    weights: list[Tensor]
+    trace: list[Tensor]
+
+
 def memory_bwd(
+    d_output: Tensor,
     d_surprise: Tensor,
     d_weights: list[Tensor],
     d_trace: list[Tensor],
@@ -21,13 +36,83 @@ def memory_bwd(
     """Gradients of the tensors that are given, in order.
 
     The write is run again and keeps the state before every tile of 64 tokens, or of a chunk where
-    chunks are shorter.
+    chunks are shorter. From there every tile goes back through its reads, and then the walk through
+    the writes.
     """
-    call = call._replace(q=None)
+    write = call._replace(q=None)
+    first_tile, slots = tiles(call)
+    kept = [[w.new_empty(slots, *w.shape[1:]) for w in call.weights] for _ in range(2)]
+    memory_fwd(write, keeps=False, tiles=(kept[0], kept[1], first_tile))
+    before = Tiles(first_tile, slots, *kept)
+    d_queries, read = [], read_gradients(call, slots)
+    if call.q is not None:
+        d_queries = [read_bwd(d_output, call, before, read)]
+    return [*d_queries, *write_bwd(d_surprise, d_weights, d_trace, d_anchor, write, before, read)]
+
+
+def read_bwd(d_output: Tensor, call: Call, before: Tiles, to: Fields) -> Tensor:
+    """Gradient of the queries; fills what :func:`write_bwd` has to add."""
+    d_q = d_output.new_empty(d_output.shape)
+    library.launch(
+        "mal_memory_read_bwd",
+        call.k.device,
+        **call.fields(),
+        tiles=before.slots,
+        **state_fields("tile_weights", before.weights, call.residual_norm),
+        **state_fields("tile_trace", before.trace, call.residual_norm),
+        first_tile=before.first,
+        d_output=d_output.contiguous(),
+        d_q=d_q,
+        **{f"to_{name}": x for name, x in to.items()},
+    )
+    return d_q
+
+
+def read_gradients(call: Call, slots: int) -> Fields:
+    """The fields of a ``mal_read_gradients``, to be filled; all absent without queries."""
+    k, weights, is_deep = call.k, call.weights, len(call.weights) - call.residual_norm == 2
+    by_token = call.q is not None and call.step == "token"
+    dim, hidden = weights[0].shape[2:]
+
+    def states(wanted: bool) -> list[Tensor]:
+        return [w.new_empty(slots, *w.shape[1:]) for w in weights if wanted]
+
+    def tokens(*width: int, wanted: bool = True) -> Tensor | None:
+        if not by_token or not wanted:
+            return None
+        return k.new_empty(*k.shape[:3], *width, dtype=torch.float32)
+
+    states_of = dict(
+        tile_weights=states(call.q is not None),
+        tile_trace=states(by_token),
+        tile_init=states(by_token and bool(call.init)),
+    )
+    fields: Fields = {}
+    for name, x in states_of.items():
+        fields |= state_fields(name, x, call.residual_norm)
+    return fields | dict(
+        rate=tokens(),
+        momentum=tokens(wanted=call.momentum is not None),
+        decay=tokens(wanted=call.decay is not None),
+        k=tokens(dim, wanted=is_deep),
+        h=tokens(hidden),
+        d1=tokens(hidden, wanted=is_deep),
+        d2=tokens(dim),
+        gain=tokens(dim, wanted=call.residual_norm),
+    )
+
+
+def write_bwd(
+    d_surprise: Tensor,
+    d_weights: list[Tensor],
+    d_trace: list[Tensor],
+    d_anchor: list[Tensor],
+    call: Call,
+    before: Tiles,
+    read: Fields,
+) -> list[Tensor]:
+    """Gradients of all but the queries, with what ``read`` holds."""
     _, k, v, lr, momentum, decay, weights, trace, anchor, init, *_ = call
-    first_tile, count = tiles(call)
-    kept = [[w.new_empty(count, *w.shape[1:]) for w in weights] for _ in range(2)]
-    memory_fwd(call, keeps=False, tiles=(kept[0], kept[1], first_tile))
     d_k, d_v = (x.new_empty(x.shape) for x in (k, v))
     d_lr = lr.new_empty(lr.shape, dtype=torch.float32)
     # a row without tokens has a chunk gate and no tile
@@ -37,8 +122,8 @@ def memory_bwd(
     d_state = [[w.new_empty(w.shape) for w in x] for x in (weights, trace, anchor)]
     d_init = [w.new_zeros(w.shape) for w in init]
     states = dict(
-        tile_weights=kept[0],
-        tile_trace=kept[1],
+        tile_weights=before.weights,
+        tile_trace=before.trace,
         d_new_weights=d_weights,
         d_new_trace=d_trace,
         d_new_anchor=d_anchor,
@@ -54,11 +139,12 @@ def memory_bwd(
         **call.fields(),
         **fields["tile_weights"],
         **fields["tile_trace"],
-        first_tile=first_tile,
+        first_tile=before.first,
         d_surprise=d_surprise.contiguous(),
         **fields["d_new_weights"],
         **fields["d_new_trace"],
         **fields["d_new_anchor"],
+        **{f"read_{name}": x for name, x in read.items()},
         d_k=d_k,
         d_v=d_v,
         d_lr=d_lr,

@@ -175,7 +175,7 @@ def _backward(
             q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
             chunk_size, step, activation, residual_norm, max_grad_norm,
         )  # fmt: skip
-        return cuda_bwd(d_surprise, d_weights, d_trace, d_anchor, call)
+        return cuda_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, call)
     state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
     d_state = MemoryState(tuple(d_weights), tuple(d_trace), tuple(d_anchor) or None)
     with full_precision(k.device):
@@ -329,7 +329,7 @@ def neural_memory(
         resolve(
             *(backend, "memory_update" if q is None else "neural_memory", k.device),
             memory_limit(k.dtype, state.weights, residual_norm),
-            cuda_limit=_cuda_limit(k, (q, v, lr, momentum, decay), state, init, residual_norm),
+            cuda_limit=_cuda_limit(k, state, residual_norm),
             dtype=k.dtype,
             features=k.shape[3],
             tokens=k.shape[0] * k.shape[1],
@@ -341,19 +341,9 @@ def neural_memory(
     return NeuralMemoryOutput(output, new, surprise)
 
 
-def _cuda_limit(
-    k: Tensor,
-    tokens: Sequence[Tensor | None],
-    state: MemoryState,
-    init: Sequence[Tensor] | None,
-    residual_norm: bool,
-) -> str | None:
+def _cuda_limit(k: Tensor, state: MemoryState, residual_norm: bool) -> str | None:
     """Why the CUDA kernel cannot serve a call."""
     depth, dim, width = len(state.weights) - residual_norm, k.shape[3], state.weights[0].shape[3]
-    differentiable = [x for x in (k, *tokens, *state.tensors(), *(init or ())) if x is not None]
-    wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-    if tokens[0] is not None and wants_gradients:
-        return "the CUDA kernel of the read has no backward yet: call it under torch.no_grad()"
     if k.dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernel takes float16 and bfloat16 tokens, not {k.dtype}"
     most = 1024 if dim <= 64 else 512  # 16 blocks of a cluster
