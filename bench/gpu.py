@@ -35,7 +35,7 @@ from rich.console import Console
 
 from bench.gpu_report import measured, show, targets
 from bench.gpu_steps import OPS
-from bench.measure import ROOT, git, version
+from bench.measure import ROOT, code_version, version
 from mal_kernels._cuda.build import BuildError, find_nvcc
 from mal_kernels.ops._backend import CUDA_OPS, architecture
 
@@ -152,10 +152,11 @@ def environment(session: Session, commit: str | None) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": commit or git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "mal_kernels", "bench")),
+        **code_version(),
         "device": "cpu (dry run: the times mean nothing)",
     }
+    if commit:
+        found["commit"] = commit
     if not session.dry_run:
         card = torch.cuda.get_device_properties(0)
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw", "--format=csv"]
@@ -166,6 +167,7 @@ def environment(session: Session, commit: str | None) -> None:
             "memory_bytes": card.total_memory,
             "cuda": torch.version.cuda,
             "nvcc": _nvcc(),
+            "nvcc_flags": os.environ.get("MAL_NVCC_FLAGS", ""),
             "nvidia_smi": subprocess.run(query, capture_output=True, text=True).stdout.split("\n"),
         }
     session.result["environment"] = found

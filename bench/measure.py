@@ -132,8 +132,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {"mal-kernels": __version__} | {name: version(name) for name in PACKAGES},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "mal_kernels", "bench")),
+        **code_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -150,6 +149,12 @@ def git(*arguments: str) -> str | None:
     """Output of a git command; None where there is no repository or no commit yet."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def code_version() -> dict[str, Any]:
+    """What is measured: the commit, and whether its code has been changed since."""
+    changes = git("status", "--porcelain", "--", "mal_kernels", "csrc", "bench")
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(changes)}
 
 
 # --- fresh processes ----------------------------------------------------------------------------
