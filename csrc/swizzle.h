@@ -33,7 +33,7 @@ struct Swizzle {
                                                   unsigned column) {
     constexpr uint64_t kLeading = kRows * kPart / 8, kStride = kPattern / 16;
     constexpr uint64_t kMode = kPart == 64 ? 1 : 2;
-    uint32_t start = address / 16 + straight(row, column) / 8;
+    uint32_t start = (address & 0x3FFFF) / 16 + straight(row, column) / 8;  // 14 bits
     return start | kLeading << 16 | kStride << 32 | kMode << 62;
   }
 };
