@@ -59,11 +59,11 @@ TIMED: dict[str, tuple[int, tuple[str, ...]]] = {
     "closed_form": (150, ("neural_memory",)),
 }
 PARITY_LIMIT, TOOL_LIMIT, BUILD_LIMIT = 240, 75, 180
-# what stands for an op in the names of its tests
+# what stands for ops in the names of their tests; memory_update is neural_memory without queries
 NAMES = {
-    "neural_memory": "memory_update",
-    "test_cuda_backward": "memory_update",
-    "aligned_read": "aligned_residual_read",
+    "neural_memory": {"memory_update"},
+    "test_cuda_backward": {"memory_update", "neural_memory"},
+    "aligned_read": {"aligned_residual_read"},
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -220,15 +220,14 @@ def workers() -> int:
 def outcomes(log: str, backend: str) -> dict[str, Any]:
     """How many tests of each op passed and which failed, from pytest's verbose output.
 
-    A test that names no op speaks for all of them. ``memory_update`` is ``neural_memory`` without
-    queries, and of the CUDA kernels it alone has a backward.
+    A test that names no op speaks for all of them.
     """
     counts: dict[str, Any] = {op: {"passed": 0, "failed": []} for op in OPS[backend]}
     serial = re.findall(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR)", log, re.M)
     parallel = re.findall(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR) (tests/\S+?::.+?)\s*$", log, re.M)
     for test, outcome in [*serial, *((test, outcome) for outcome, test in parallel)]:
         named = {op for op in OPS["triton"] if op in test}
-        named |= {op for part, op in NAMES.items() if part in test}
+        named |= {op for part, ops in NAMES.items() if part in test for op in ops}
         for op in (named or set(counts)) & set(counts):
             if outcome == "PASSED":
                 counts[op]["passed"] += 1
