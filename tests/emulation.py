@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mal_kernels._cuda import aligned_residual_read
 from mal_kernels._cuda import library as cuda
-from mal_kernels._cuda.build import source_folder, sources
+from mal_kernels._cuda.build import BuildError, source_folder, sources
 from mal_kernels.ops import _backend
 
 COMPILER = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DMAL_EMULATE"]
@@ -48,6 +48,14 @@ def needs_compiler() -> None:
         pytest.skip(
             "g++ is not installed: the CUDA kernels are not emulated", allow_module_level=True
         )
+
+
+def is_found(*programs: Callable[[], str]) -> bool:
+    """Whether all of what builds the library is here, such as ``build.find_nvcc``."""
+    try:
+        return all(find() for find in programs)
+    except BuildError:
+        return False
 
 
 def compiled(source: Path, out: Path, *flags: str) -> Path:

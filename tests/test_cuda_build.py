@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import is_found
 
 from mal_kernels import BackendUnavailable
 from mal_kernels._cuda import build, library
@@ -218,16 +219,9 @@ REGISTERS = {"forward": 128, "backward": 168, "aligned_read": 160}
 REGISTERS |= {"memory_forward": 255, "memory_backward": 255, "memory_read_backward": 192}
 
 
-def has_nvcc():
-    try:
-        build.find_nvcc()
-        build.find_ninja()
-    except build.BuildError:
-        return False
-    return True
-
-
-needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="nvcc or ninja is not installed")
+needs_nvcc = pytest.mark.skipif(
+    not is_found(build.find_nvcc, build.find_ninja), reason="nvcc or ninja is not installed"
+)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import linked, needs_compiler
+from emulation import is_found, linked, needs_compiler
 from torch import Tensor
 
 from mal_kernels._cuda import build
@@ -459,6 +459,6 @@ def test_no_wrapper_is_left_out():
     assert {name for name in twice if not re.search(rf"\b{name}[<(]", tests)} == set()
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.skipif(not is_found(build.find_nvcc), reason="nvcc is not installed")
 def test_compiles_for_every_target(tmp_path):
     nvcc(tmp_path / "wrappers.so", [*build.TARGETS], *build.GATE)
