@@ -152,10 +152,9 @@ def test_a_dialogue_forgotten_while_its_turn_runs_stays_forgotten(tmp_path):
 
 def test_soak_with_kills_host_errors_store_errors_and_evictions():
     command = [sys.executable, "-m", "bench.soak", "--dialogues", "8", "--turns", "12"]
-    out = subprocess.run(
-        [*command, "--lifetime", "40"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    result = json.loads(out)
+    done = subprocess.run([*command, "--lifetime", "40"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
     assert result["states_that_differ"] == 0
     faults = result["faults"]
     assert faults["kill -9"] >= 3
