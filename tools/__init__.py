@@ -1,0 +1,1 @@
+"""Scripts for whoever changes the library: proofs that nothing changed, generated tables."""
