@@ -14,7 +14,7 @@ demo: $(VENV)/demo.stamp
 # Triton reads TRITON_INTERPRET when a kernel is defined: its tests need a process of their own.
 test: lint
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/test_interpreter.py tests/test_triton_*.py)
+	TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/kernels/test_interpreter.py tests/kernels/test_triton_*.py)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check

@@ -68,7 +68,7 @@ NAMES = {
 TOOLS = ("memcheck", "racecheck", "synccheck")
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 PYTEST = [PYTHON, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider"]
-WRAPPER_TESTS = [*PYTEST, "-m", "gpu", "tests/test_cuda_wrappers.py"]
+WRAPPER_TESTS = [*PYTEST, "-m", "gpu", "tests/kernels/test_cuda_wrappers.py"]
 DRY_RUN_TESTS = {
     "triton": "test_memory_read and (one or no) or test_momentum_scan and bare",
     "cuda": "test_wrapper and emulated",
@@ -178,7 +178,7 @@ def build(session: Session) -> None:
     """The CUDA library: by nvcc for this GPU, in a dry run by g++ for the emulation."""
     command = [PYTHON, "-m", "mal_kernels._cuda"]
     if session.dry_run:
-        code = "import pathlib, tests.emulation as e; e.library(pathlib.Path({!r}))"
+        code = "import pathlib, tests.support.emulation as e; e.library(pathlib.Path({!r}))"
         command = [PYTHON, "-c", code.format(str(session.logs))]
     if session.run("build", command, BUILD_LIMIT) != "passed":
         session.fail("cuda", CUDA_OPS)
@@ -193,7 +193,9 @@ def parity(session: Session, backend: str) -> None:
     if session.failed >= {(backend, op) for op in OPS[backend]}:
         session.note(step, "skipped: the library is not built")
         return
-    tests = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"tests/test_{backend}_*.py"))
+    tests = sorted(
+        str(p.relative_to(ROOT)) for p in ROOT.glob(f"tests/kernels/test_{backend}_*.py")
+    )
     command = [*PYTEST, *tests]
     if session.dry_run:
         command += ["-k", DRY_RUN_TESTS[backend]]

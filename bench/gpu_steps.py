@@ -632,7 +632,7 @@ def main(
     device = "cuda"
     if os.environ.get("TRITON_INTERPRET") == "1":
         device = "cpu"
-        importlib.import_module("tests.interpreter").install()
+        importlib.import_module("tests.support.interpreter").install()
         emulate(out.with_name("libemulated.so"))
     bench = Bench(out, device, backends or (*OPS,), op or ())
     STEPS[step](bench)
@@ -646,7 +646,7 @@ def emulate(library: Path) -> None:
     if library.exists():
         import pytest
 
-        emulation = importlib.import_module("tests.emulation")
+        emulation = importlib.import_module("tests.support.emulation")
         emulated = emulation.in_process(emulation.cuda.opened(library))
         emulation.serve(pytest.MonkeyPatch(), emulated)
 

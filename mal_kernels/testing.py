@@ -9,7 +9,7 @@ Every kernel is judged against :func:`mal_kernels.reference.recurrence` in float
   RMS error ≤ 2·twin's + ½·eps·RMS(golden).
 
 Fixed tolerances pass kernels that reset momentum at every chunk; these do not: see
-``tests/test_teeth.py``.
+``tests/ops/test_teeth.py``.
 """
 
 from __future__ import annotations

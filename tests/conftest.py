@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import subprocess
+import time
 
 # read when cuBLAS is first used; without it deterministic mode refuses its matmuls
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -42,3 +46,44 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory):
+    """A Redis server of its own on loopback."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("no redis-server: apt-get install redis-server")
+    pytest.importorskip("redis", reason="no redis-py: pip install redis")
+    folder = tmp_path_factory.mktemp("redis")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([*command, "--dir", str(folder)], stdout=log, stderr=log)
+    try:
+        yield wait_for(f"redis://127.0.0.1:{port}/0")
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def wait_for(url: str) -> str:
+    from mal_kernels.errors import StoreError
+    from mal_kernels.store import RedisStore
+
+    for _ in range(100):
+        try:
+            RedisStore(url).get("x")
+            return url
+        except StoreError:
+            time.sleep(0.05)
+    raise AssertionError("redis-server does not answer")
+
+
+@pytest.fixture
+def host():
+    """A tiny Qwen2-Audio, what most tests of the adapter attach to."""
+    from mal_kernels.testing import tiny_host
+
+    return tiny_host("qwen2_audio")

@@ -1,8 +1,8 @@
 """Runs the battery of every host and writes what passed into docs/hosts.md.
 
-    python -m tests.hosts_table              # run with the installed transformers, then write
-    python -m tests.hosts_table csm moshi    # run these hosts only
-    python -m tests.hosts_table --render     # write from the results that are there
+    python -m tools.hosts_table              # run with the installed transformers, then write
+    python -m tools.hosts_table csm moshi    # run these hosts only
+    python -m tools.hosts_table --render     # write from the results that are there
 
 Results of every version of transformers are kept in docs/hosts.json. A host counts as verified with
 a version if all its tests ran there and passed.
@@ -14,16 +14,17 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS, TABLE = ROOT / "docs" / "hosts.json", ROOT / "docs" / "hosts.md"
-BEGIN, END = "<!-- hosts: written by python -m tests.hosts_table -->", "<!-- end of hosts -->"
-BATTERY = ("test_zoo.py", "test_hosts.py", "test_replicas.py")
+BEGIN, END = "<!-- hosts: written by python -m tools.hosts_table -->", "<!-- end of hosts -->"
+BATTERY = ("test_zoo.py", "test_hosts.py", "test_replicas.py")  # of tests/hosts
 
 Results = dict[str, dict[str, dict[str, int]]]  # version → host → outcome → tests
 
 
-def host_of(item) -> str | None:
+def host_of(item: Any) -> str | None:
     """The host that a test is about: its parameter ``name``."""
     return getattr(getattr(item, "callspec", None), "params", {}).get("name")
 
@@ -35,11 +36,13 @@ class Outcomes:
         self.hosts = hosts
         self.of_host: dict[str, Counter[str]] = {}
 
-    def pytest_collection_modifyitems(self, items) -> None:
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Keeps the tests of the hosts that are asked for."""
         wanted = self.hosts or list(kinds())
         items[:] = [item for item in items if host_of(item) in wanted]
 
-    def pytest_runtest_makereport(self, item, call) -> None:
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
+        """Counts the outcome of a test."""
         if call.when == "teardown":
             return
         outcome = "passed"
@@ -55,7 +58,7 @@ def run(hosts: list[str]) -> tuple[str, dict[str, dict[str, int]]]:
 
     outcomes = Outcomes(hosts)
     pytest.main(
-        ["-q", "-p", "no:cacheprovider", *(str(ROOT / "tests" / name) for name in BATTERY)],
+        ["-q", "-p", "no:cacheprovider", *(str(ROOT / "tests/hosts" / name) for name in BATTERY)],
         plugins=[outcomes],
     )
     import transformers  # not before: pytest wants to be first
@@ -118,6 +121,7 @@ def load() -> Results:
 
 
 def main() -> None:
+    """Runs the tests of the hosts and writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("hosts", nargs="*", choices=[[], *kinds()], metavar="host")
     parser.add_argument("--render", action="store_true", help="do not run the battery")

@@ -12,7 +12,7 @@
 //
 // What this cannot show, and only a GPU can:
 //  * whether ../device.cuh calls the hardware's instructions rightly. Each wrapper is written here
-//    anew; tests/cuda_wrappers.cu holds both to one definition, but a GPU must run the other half.
+//    anew; tests/kernels/cuda_wrappers.cu holds both to one definition, but a GPU must run the other half.
 //  * memory order weaker than that of a barrier. Of the async proxy it knows only that a
 //    fence of every thread stands before a barrier.
 //  * whether wgmma takes a descriptor as the manual is understood here: above all one that starts

@@ -2,7 +2,7 @@
 
 The memory acts on the host's input embeddings, which do not change, so they are computed once. The
 loop over turns below does what :class:`mal_kernels.MALAdapter` does in hooks (read, then write; one
-memory per speaker): ``tests/test_demo.py`` holds the two to the same logits.
+memory per speaker): ``tests/demo/test_demo.py`` holds the two to the same logits.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from bench.cases import HOSTS, Case, turn_ops
 from bench.questions import Bench
 from mal_kernels import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = Case("tiny", heads=2, tokens=8, head_dim=4, hidden_dim=8, chunk_size=4)
 RATES = {"float32_gflop_per_s": 10.0, "bfloat16_gflop_per_s": 10.0, "copy_gb_per_s": 5.0}
 NAMES = [*report.BLOCKS, *(f"picture_{name}" for name in figures.FIGURES)]

@@ -148,7 +148,7 @@ def test_every_op_goes_through_every_sanitizer(session, monkeypatch):
     names = [*_backend.CUDA_OPS]
     expected = {f"{tool}_cuda_{op}" for tool in gpu.TOOLS for op in names}
     assert {*calls} == expected | {f"{tool}_wrappers" for tool in gpu.TOOLS}
-    assert calls["synccheck_wrappers"][-1] == "tests/test_cuda_wrappers.py"
+    assert calls["synccheck_wrappers"][-1] == "tests/kernels/test_cuda_wrappers.py"
     assert session.failed == {("cuda", "momentum_scan")}
 
 
@@ -163,21 +163,25 @@ def test_every_op_has_small_calls_and_is_timed(tmp_path):
 
 def test_outcomes_of_both_of_pytest_s_notations():
     log = """
-tests/test_triton_ops.py::test_memory_read[one token-torch.float32] PASSED [ 1%]
-tests/test_triton_neural_memory.py::test_parity[plain] FAILED           [ 2%]
-[gw3] [  3%] PASSED tests/test_triton_ops.py::test_strided_indices
-[gw0] [  4%] ERROR tests/test_triton_ops.py::test_opcheck[momentum_scan x]
+tests/kernels/test_triton_ops.py::test_memory_read[one token-torch.float32] PASSED [ 1%]
+tests/kernels/test_triton_neural_memory.py::test_parity[plain] FAILED           [ 2%]
+[gw3] [  3%] PASSED tests/kernels/test_triton_ops.py::test_strided_indices
+[gw0] [  4%] ERROR tests/kernels/test_triton_ops.py::test_opcheck[momentum_scan x]
 """
     found = gpu.outcomes(log, "triton")
     assert found["memory_read"] == {"passed": 2, "failed": []}
     for op in ("neural_memory", "memory_update"):
-        assert found[op]["failed"] == ["tests/test_triton_neural_memory.py::test_parity[plain]"]
+        assert found[op]["failed"] == [
+            "tests/kernels/test_triton_neural_memory.py::test_parity[plain]"
+        ]
     assert len(found["momentum_scan"]["failed"]) == 1
     assert not found["aligned_residual_read"]["failed"]
     assert gpu.outcomes(log, "cuda").keys() == {*_backend.CUDA_OPS}
-    wrapper = "tests/test_cuda_wrappers.py::test_wrapper[mma bf16-compiled] FAILED"
+    wrapper = "tests/kernels/test_cuda_wrappers.py::test_wrapper[mma bf16-compiled] FAILED"
     assert all(count["failed"] for count in gpu.outcomes(wrapper, "cuda").values())
-    backward = "tests/test_cuda_backward.py::test_gradients_of_what_is_read[linear-cuda] FAILED"
+    backward = (
+        "tests/kernels/test_cuda_backward.py::test_gradients_of_what_is_read[linear-cuda] FAILED"
+    )
     found = gpu.outcomes(backward, "cuda")
     wrong = {op for op, count in found.items() if count["failed"]}
     assert wrong == {"memory_update", "neural_memory"}

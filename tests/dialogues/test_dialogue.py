@@ -11,29 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mal_kernels import MALConfig, MemoryState, NeuralMemory
+from mal_kernels import MemoryState
 from mal_kernels.checkpoint import UNSIGNED
-from mal_kernels.dialogue import EMPTY, Dialogue, DialogueStore, Snapshot
+from mal_kernels.dialogue import EMPTY, Dialogue, Snapshot
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
-
-CONFIG = MALConfig(heads=2, head_dim=4, hidden_size=8, residual_norm=True)
-
-
-def new_store(config: MALConfig = CONFIG, **options) -> DialogueStore:
-    memory = NeuralMemory(8, step="chunk", chunk_size=None, **config.memory_options())
-    return DialogueStore(config, memory.initial_state, **options)
-
-
-def snapshot(store: DialogueStore, value: float, *who: str | None, clips=()) -> Snapshot:
-    like = store.initial_state(1).detach()
-    return Snapshot(
-        {w: like.map(lambda t: torch.full_like(t, value)) for w in who or (None,)}, tuple(clips)
-    )
-
-
-def equal(a: MemoryState, b: MemoryState) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
-
+from tests.support.dialogues import CONFIG, equal, new_store, snapshot
 
 # --- turns ----------------------------------------------------------------------------------
 

@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import socket
 import stat
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_dialogue import CONFIG, equal, new_store, snapshot
 
 from mal_kernels import MALAdapter, MALConfig
 from mal_kernels.dialogue import EMPTY, Dialogue, Snapshot
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from mal_kernels.store import DirectoryStore, KeyValueStore, MemoryStore, RedisStore
+from tests.support.dialogues import CONFIG, equal, new_store, snapshot
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = ("call-17", "", "../../etc/passwd", "/", "a" * 1000, "nul\0l", "é", "\ud800", ".", "C:\\x:y")
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory):
-    if shutil.which("redis-server") is None:
-        pytest.skip("no redis-server: apt-get install redis-server")
-    pytest.importorskip("redis", reason="no redis-py: pip install redis")
-    folder = tmp_path_factory.mktemp("redis")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([*command, "--dir", str(folder)], stdout=log, stderr=log)
-    try:
-        yield wait_for(f"redis://127.0.0.1:{port}/0")
-    finally:
-        server.terminate()
-        server.wait(10)
-
-
-def wait_for(url: str) -> str:
-    for _ in range(100):
-        try:
-            RedisStore(url).get("x")
-            return url
-        except StoreError:
-            time.sleep(0.05)
-    raise AssertionError("redis-server does not answer")
 
 
 @pytest.fixture(params=["memory", "directory", "redis"])

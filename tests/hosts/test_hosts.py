@@ -15,7 +15,7 @@ from mal_kernels.errors import ArgumentError, HostError
 from mal_kernels.hosts import Clip, Host, find_decoder, fingerprint, last_effective_layer
 from mal_kernels.testing import tiny_host, tiny_inputs
 from mal_kernels.zoo import ENCODERS, RECIPES, REPLICAS, STREAMING
-from tests import hosts_table
+from tools import hosts_table
 
 
 @pytest.fixture(autouse=True)

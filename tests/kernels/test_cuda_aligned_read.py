@@ -9,12 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-from emulation import devices
 from torch.library import opcheck
 
 from mal_kernels import BackendUnavailable, MemoryState, ops, reference
 from mal_kernels._cuda import aligned_residual_read as launcher
 from mal_kernels.testing import assert_within_budget, low_precision
+from tests.support.emulation import devices
 
 device = devices("aligned_read.cu")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import is_found
 
 from mal_kernels import BackendUnavailable
 from mal_kernels._cuda import build, library
+from tests.support.emulation import is_found
 
 pytestmark = pytest.mark.timeout(900)  # nvcc compiles every kernel three times
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PRETENDER = """#!{python}
 import sys, pathlib
 out = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])

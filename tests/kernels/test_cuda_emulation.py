@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import COMPILER, Refused, in_program, needs_compiler, program, serve
 from test_cuda_aligned_read import cuda, turn
 from test_cuda_backward import gradient_inputs, layer_on, write_on
 from test_cuda_ops import called, memory_inputs, scan, scan_tensors, values_and_gradients, written
@@ -16,6 +15,7 @@ from test_cuda_ops import called, memory_inputs, scan, scan_tensors, values_and_
 from mal_kernels import ops
 from mal_kernels._cuda.build import source_folder
 from mal_kernels.testing import results
+from tests.support.emulation import COMPILER, Refused, in_program, needs_compiler, program, serve
 
 needs_compiler()
 

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from emulation import devices
 
 from mal_kernels import BackendUnavailable, MemoryState, ops, reference
 from mal_kernels._cuda import neural_memory
 from mal_kernels.testing import assert_within_budget, low_precision, make_inputs
+from tests.support.emulation import devices
 
 
 def every_case_and_dtype(cases, dtypes, few):

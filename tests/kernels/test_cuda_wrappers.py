@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import is_found, linked, needs_compiler
 from torch import Tensor
 
 from mal_kernels._cuda import build
 from mal_kernels._cuda import library as cuda
+from tests.support.emulation import is_found, linked, needs_compiler
 
 SOURCE = Path(__file__).with_name("cuda_wrappers.cu")
 Run = Callable[..., int]  # of an entry of cuda_wrappers.cu and its fields: its error

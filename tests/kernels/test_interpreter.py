@@ -10,10 +10,11 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in the interpreter process: TRITON_INTERPRET=1", allow_module_level=True)
 
-import interpreter
 import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
+
+from tests.support import interpreter
 
 interpreter.install()
 

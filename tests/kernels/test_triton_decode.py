@@ -1,13 +1,16 @@
 """One token a row: the kernel that writes and reads it in one launch.
 
-Its gradients are those of the other kernels, which tests/test_triton_neural_memory.py covers.
+Its gradients are those of the other kernels, which test_triton_neural_memory.py covers.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from parity import (
+
+from mal_kernels import ops, reference
+from mal_kernels.testing import make_inputs
+from tests.support.parity import (
     DEVICE,
     DTYPES,
     INTERPRETED,
@@ -17,9 +20,6 @@ from parity import (
     on_tensors,
     values,
 )
-
-from mal_kernels import ops, reference
-from mal_kernels.testing import make_inputs
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 

@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from parity import DEVICE, DTYPES, INTERPRETED, assert_same, counted_launches, values_and_gradients
 from torch.library import opcheck
 
 from mal_kernels import (
@@ -18,6 +17,14 @@ from mal_kernels import (
     reference,
 )
 from mal_kernels.testing import make_inputs
+from tests.support.parity import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    assert_same,
+    counted_launches,
+    values_and_gradients,
+)
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 

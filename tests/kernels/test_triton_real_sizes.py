@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import (
+
+from mal_kernels import MemoryState, ops, reference
+from mal_kernels.testing import make_inputs
+from tests.support.parity import (
     DEVICE,
     DTYPES,
     INTERPRETED,
@@ -17,9 +20,6 @@ from parity import (
     values,
     values_and_gradients,
 )
-
-from mal_kernels import MemoryState, ops, reference
-from mal_kernels.testing import make_inputs
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 if INTERPRETED:

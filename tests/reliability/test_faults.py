@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_dialogue import equal
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bench.echo import echo_adapter, turn_tokens
@@ -27,8 +26,9 @@ from mal_kernels.dialogue import EMPTY
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from mal_kernels.store import DirectoryStore, MemoryStore
 from mal_kernels.testing import tiny_host, tiny_inputs
+from tests.support.dialogues import equal
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def states(mal: MALAdapter, names) -> dict:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_dialogue import new_store
 
 from bench.echo import echo_adapter, turn_tokens
 from bench.fuzz import TARGETS, Finding, fuzz, run_case, saved_adapter, stored
@@ -26,6 +25,7 @@ from mal_kernels.errors import (
     MALError,
 )
 from mal_kernels.testing import make_inputs
+from tests.support.dialogues import new_store
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_dialogue import equal
-from test_store import redis_url as redis_url
 
 from bench.load import PlayedVLLM, chat_request, load, post, recordings, running, small_sidecar
 from bench.served import TEMPLATE, distance, log_probabilities, serving
@@ -29,6 +27,7 @@ from mal_kernels.demo import host as small
 from mal_kernels.demo import train
 from mal_kernels.errors import HostError, StoreError
 from mal_kernels.store import DirectoryStore, MemoryStore, RedisStore
+from tests.support.dialogues import equal
 
 
 @pytest.fixture

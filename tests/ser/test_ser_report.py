@@ -16,7 +16,7 @@ from examples.ser.host import encode_corpus, load_listener
 from examples.ser.metrics import by_history, calibration_error, compare, interval, summary
 from examples.ser.scoring import Scored, as_scored, index_turns
 from examples.ser.synthetic import build
-from tests.test_ser_corpora import write_iemocap, write_meld, write_wav
+from tests.support.corpora import write_iemocap, write_meld, write_wav
 
 MODULES = ("metrics", "synthetic", "model", "stream", "meld", "controls", "scoring")
 

@@ -18,7 +18,7 @@ from examples.ser.stream import RankSampler, WindowLoader, plan
 from examples.ser.train import Settings
 from mal_kernels.errors import ArgumentError, CheckpointError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TWO = Path(__file__).with_name("ser_two_processes.py")
 SMALL = dict(steps=6, batch=4, warmup=0, dialogues=8, head_dim=4, evaluate_every=3, lr=3e-3)
 
@@ -207,7 +207,7 @@ def test_two_processes_equal_one(bench, tmp_path):
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], output[0] + output[1]
 
-    from tests.ser_two_processes import SETTINGS, gradients_of_one, open_small
+    from tests.ser.ser_two_processes import SETTINGS, gradients_of_one, open_small
 
     small = open_small()
     runs.train_run(
