@@ -178,7 +178,7 @@ def build(session: Session) -> None:
     """The CUDA library: by nvcc for this GPU, in a dry run by g++ for the emulation."""
     command = [PYTHON, "-m", "mal_kernels._cuda"]
     if session.dry_run:
-        code = "import pathlib, tests.support.emulation as e; e.library(pathlib.Path({!r}))"
+        code = "import pathlib, mal_kernels.testing.emulation as e; e.library(pathlib.Path({!r}))"
         command = [PYTHON, "-c", code.format(str(session.logs))]
     if session.run("build", command, BUILD_LIMIT) != "passed":
         session.fail("cuda", CUDA_OPS)

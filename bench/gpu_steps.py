@@ -299,7 +299,7 @@ def closed_form(bench: Bench) -> None:
 
 def peer(bench: Bench) -> None:
     """Against titans-pytorch at the same work, found equal in float32 before it is timed."""
-    from bench.peers import TitansPytorch
+    from mal_kernels.testing.oracles import TitansPytorch
 
     case = bench.case("peer", batch=4, tokens=1024)
     theirs = TitansPytorch(
@@ -632,7 +632,7 @@ def main(
     device = "cuda"
     if os.environ.get("TRITON_INTERPRET") == "1":
         device = "cpu"
-        importlib.import_module("tests.support.interpreter").install()
+        importlib.import_module("mal_kernels.testing.interpreter").install()
         emulate(out.with_name("libemulated.so"))
     bench = Bench(out, device, backends or (*OPS,), op or ())
     STEPS[step](bench)
@@ -646,7 +646,7 @@ def emulate(library: Path) -> None:
     if library.exists():
         import pytest
 
-        emulation = importlib.import_module("tests.support.emulation")
+        emulation = importlib.import_module("mal_kernels.testing.emulation")
         emulated = emulation.in_process(emulation.cuda.opened(library))
         emulation.serve(pytest.MonkeyPatch(), emulated)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.measure import in_pairs, quantiles
 from mal_kernels import MALAdapter
-from mal_kernels.zoo.recipes import AUDIO, BEGIN, END, RECIPES
+from mal_kernels.testing.hosts.recipes import AUDIO, BEGIN, END, RECIPES
 
 TURN = 112  # audio tokens of 4.5 s, all three hosts
 TEXT = 20  # tokens of text around them

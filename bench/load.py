@@ -28,8 +28,7 @@ from bench.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
 from bench.soak import percentiles
 from examples.serve_vllm import CHAT, VLLM, Server, Sidecar
 from mal_kernels import MALAdapter
-from mal_kernels.demo import host as small
-from mal_kernels.demo import synth, train
+from mal_kernels.demo import small_host, synth, train
 from mal_kernels.store import KeyValueStore, MemoryStore
 
 CACHE = 2**20  # bytes of states in each sidecar; the rest is in the store
@@ -97,11 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
 def small_sidecar(url: str, backing: KeyValueStore | None) -> Sidecar:
     """Of the demo's Qwen2-Audio and its trained adapter."""
     host, _ = train.load()
-    vllm = VLLM(host.model.audio_tower, host.model.multi_modal_projector, small.WIDTH, url).eval()
+    vllm = VLLM(
+        host.model.audio_tower, host.model.multi_modal_projector, small_host.WIDTH, url
+    ).eval()
     weights = Path(train.__file__).parent / "weights"
     mal = MALAdapter.from_pretrained(weights).attach(vllm)
     mal.dialogues.backing = backing
-    return Sidecar(mal, vllm, small.build_feature_extractor())
+    return Sidecar(mal, vllm, small_host.build_feature_extractor())
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def titans_pytorch(step: Step) -> Callable[[Case], Op]:
     """titans-pytorch, driven as an op."""
 
     def build(case: Case) -> Op:
-        from bench.peers import TitansPytorch
+        from mal_kernels.testing.oracles import TitansPytorch
 
         return TitansPytorch(
             heads=case.heads,

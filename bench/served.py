@@ -31,20 +31,19 @@ import typer
 from bench.load import chat_request, recordings, small_sidecar, talk
 from examples.serve_vllm import UpstreamError, embeds_part
 from mal_kernels import ArgumentError
-from mal_kernels.demo import host as small
-from mal_kernels.demo import train
+from mal_kernels.demo import small_host, train
 from mal_kernels.store import MemoryStore
 
 STARTUP = 600.0  # seconds until the server must answer
 WORDS = 30  # of the question: a prompt fills a block of 32, which vLLM keeps in its prefix cache
 TOP = 5  # log-probabilities compared of each answer
 OPTIONS = {"max_completion_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP}
-# the demo's prompt: what the processor makes of small.PROMPT
+# the demo's prompt: what the processor makes of small_host.PROMPT
 TEMPLATE = """
 {%- for message in messages %}{% for part in message['content'] %}
 {%- if part['type'] == 'text' %}{{ part['text'] }}{% else %}MARKERS {% endif %}
 {%- endfor %}{% endfor -%}
-""".replace("MARKERS", "".join(small.MARKERS))
+""".replace("MARKERS", "".join(small_host.MARKERS))
 
 # what a turn may send on, and no more: an unknown field is an error here, unlike in vLLM
 FIELDS = "model max_tokens max_completion_tokens temperature top_p seed n stream user cache_salt"
@@ -114,7 +113,7 @@ def save_model(folder: Path) -> Any:
     changed = type(host)(host.config).eval().requires_grad_(False)
     changed.load_state_dict(host.state_dict())
     changed.save_pretrained(folder)
-    small.build_processor().save_pretrained(folder)
+    small_host.build_processor().save_pretrained(folder)
     (folder / "turn.jinja").write_text(TEMPLATE)
     return changed
 
@@ -235,13 +234,13 @@ def prompt(wav: str, question: str) -> Any:
     import soundfile
 
     wave, _ = soundfile.read(io.BytesIO(base64.b64decode(wav)), dtype="float32")
-    return small.prompt(small.build_processor(), [wave], question)
+    return small_host.prompt(small_host.build_processor(), [wave], question)
 
 
 def log_probabilities(answer: Any) -> dict[int, float]:
     """Of the first token of an answer, by token id."""
     (token,) = answer["choices"][0]["logprobs"]["content"]
-    return {small.WORDS.index(x["token"].strip()): x["logprob"] for x in token["top_logprobs"]}
+    return {small_host.WORDS.index(x["token"].strip()): x["logprob"] for x in token["top_logprobs"]}
 
 
 def distance(answer: dict[int, float], expected: torch.Tensor) -> float:
@@ -257,7 +256,9 @@ def answered_from_the_cache(post: Callable[[dict[str, Any]], Any], question: str
     request = {**chat_request(0, 0, "", question), **OPTIONS}
     del request["dialogue"], request["speaker"]
     draw = torch.Generator().manual_seed(0)
-    parts = [embeds_part(torch.randn(8, small.WIDTH, generator=draw), str(i)) for i in range(2)]
+    parts = [
+        embeds_part(torch.randn(8, small_host.WIDTH, generator=draw), str(i)) for i in range(2)
+    ]
     parts.append({**parts[1], "uuid": parts[0]["uuid"]})
 
     def ask(part: dict[str, str]) -> dict[int, float]:

@@ -19,8 +19,7 @@ from rich.progress import track
 from torch import nn
 
 from mal_kernels import MALAdapter, MALConfig
-from mal_kernels.demo import host as small
-from mal_kernels.demo import synth, train
+from mal_kernels.demo import small_host, synth, train
 
 
 def dialogues(rng: np.random.Generator, count: int) -> tuple[np.ndarray, synth.Script]:
@@ -33,12 +32,12 @@ def turns(
     host: nn.Module, mal: MALAdapter, waves: np.ndarray, script: synth.Script
 ) -> Iterator[torch.Tensor]:
     """The logits of the three moods, turn by turn; the memory hears each turn once."""
-    processor = small.build_processor()
+    processor = small_host.build_processor()
     ids = [f"dialogue-{i}" for i in range(len(waves))]
     for t in range(waves.shape[1]):
-        inputs = small.prompt(processor, waves[:, t])
+        inputs = small_host.prompt(processor, waves[:, t])
         with mal.dialogue(ids, speaker=["AB"[s] for s in script.speaker[:, t]]):
-            yield host(**inputs).logits[:, -1, small.answer_ids()]
+            yield host(**inputs).logits[:, -1, small_host.answer_ids()]
     mal.dialogues.forget(ids)
 
 

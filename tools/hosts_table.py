@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS, TABLE = ROOT / "docs" / "hosts.json", ROOT / "docs" / "hosts.md"
 BEGIN, END = "<!-- hosts: written by python -m tools.hosts_table -->", "<!-- end of hosts -->"
-BATTERY = ("test_zoo.py", "test_hosts.py", "test_replicas.py")  # of tests/hosts
+BATTERY = ("test_tiny_hosts.py", "test_hosts.py", "test_replicas.py")  # of tests/hosts
 
 Results = dict[str, dict[str, dict[str, int]]]  # version → host → outcome → tests
 
@@ -68,7 +68,7 @@ def run(hosts: list[str]) -> tuple[str, dict[str, dict[str, int]]]:
 
 def kinds() -> dict[str, tuple[str, str, str, str]]:
     """Of each host: its class, the sites, how it generates, and what of it is heard."""
-    from mal_kernels.zoo import ENCODERS, RECIPES, REPLICAS, STREAMING
+    from mal_kernels.testing.hosts import ENCODERS, RECIPES, REPLICAS, STREAMING
 
     known = {}
     for name, recipe in RECIPES.items():

@@ -81,17 +81,16 @@ def load_listener(
         ArgumentError: the demo's host has too few words for ``labels``.
     """
     if name == DEMO:
-        from mal_kernels.demo import host as small
-        from mal_kernels.demo import train
+        from mal_kernels.demo import small_host, train
 
         model, _ = train.load()
-        known = set(labels) <= set(small.ANSWERS["emotion"])
-        words = list(labels) if known else list(small.ANSWERS["pitch"])[: len(labels)]
+        known = set(labels) <= set(small_host.ANSWERS["emotion"])
+        words = list(labels) if known else list(small_host.ANSWERS["pitch"])[: len(labels)]
         if len(words) < len(labels):
             raise ArgumentError(f"labels has {len(labels)} entries, more than the demo's words.")
-        answers = tuple((small.WORDS.index(word),) for word in words)
-        prompt = small.PROMPT.format(task="emotion")
-        return Listener(name, model, small.build_processor(), prompt, answers)
+        answers = tuple((small_host.WORDS.index(word),) for word in words)
+        prompt = small_host.PROMPT.format(task="emotion")
+        return Listener(name, model, small_host.build_processor(), prompt, answers)
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(name)

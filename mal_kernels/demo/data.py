@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mal_kernels.demo import host as small
-from mal_kernels.demo import synth
+from mal_kernels.demo import small_host, synth
 
 CHUNK = 20  # dialogues rendered by a worker at a time
 
@@ -59,7 +58,7 @@ def _make_chunk(seed: np.random.SeedSequence, count: int) -> tuple[synth.Script,
     rng = np.random.default_rng(seed)
     script = synth.sample(rng, count)
     waves = synth.render_script(rng, script)
-    mels = small.build_feature_extractor()(
+    mels = small_host.build_feature_extractor()(
         list(waves.reshape(-1, synth.CLIP_SAMPLES)),
         sampling_rate=synth.SAMPLE_RATE,
         return_tensors="np",

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mal_kernels.demo import host as small
-from mal_kernels.demo import synth
+from mal_kernels.demo import small_host, synth
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
@@ -68,7 +67,7 @@ class Player:
         ids = [f"dialogue-{row}" for row in range(len(waves))]
         try:
             for t in range(waves.shape[1]):
-                inputs = small.prompt(self.processor, waves[:, t])
+                inputs = small_host.prompt(self.processor, waves[:, t])
                 with self.mal.disable_adapter():
                     without, host_ms = self._answer(inputs, timings)
                 with self.mal.dialogue(ids, speaker=[row[t] for row in speakers]) as dialogue:
@@ -80,7 +79,7 @@ class Player:
 
     def answer_alone(self, waves: np.ndarray) -> np.ndarray:
         """The control: each of ``[N, CLIP_SAMPLES]`` is a dialogue of its own for the adapter."""
-        return self._answer(small.prompt(self.processor, waves))[0]
+        return self._answer(small_host.prompt(self.processor, waves))[0]
 
     def _answer(
         self, inputs: BatchFeature, timings: int = 1, again: Callable[[], object] = lambda: None
@@ -93,7 +92,7 @@ class Player:
             start = time.perf_counter()
             tokens = self.host.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
             elapsed.append(1e3 * (time.perf_counter() - start))
-        hits = tokens[:, None] == torch.tensor(small.answer_ids())  # [N, 3]
+        hits = tokens[:, None] == torch.tensor(small_host.answer_ids())  # [N, 3]
         return torch.where(hits.any(1), hits.int().argmax(1), -1).numpy(), min(elapsed)
 
 

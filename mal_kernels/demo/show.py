@@ -15,8 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mal_kernels.demo import audio, figure, play, synth, train
-from mal_kernels.demo import host as small
+from mal_kernels.demo import audio, figure, play, small_host, synth, train
 from mal_kernels.demo.play import Evaluation, Player, Turn
 from mal_kernels.errors import ArgumentError
 
@@ -90,7 +89,7 @@ def run(
         console.print(f"Trained from nothing; weights written to [b]{escape(str(out))}[/b].")
         weights = out
     host, mal = train.load(weights)
-    player = Player(host, mal.attach(host), small.build_processor())
+    player = Player(host, mal.attach(host), small_host.build_processor())
     console.print(_about(player), highlight=False)
     if recordings:
         console.print(OWN)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from mal_kernels.adapter import MALAdapter
 from mal_kernels.checkpoint import read_tensors, write_tensors
 from mal_kernels.config import MALConfig
-from mal_kernels.demo import host as small
+from mal_kernels.demo import small_host
 from mal_kernels.demo.data import CHUNK, Dialogues, make_dialogues
 from mal_kernels.errors import CheckpointError
 
@@ -60,7 +60,7 @@ def adapter_config() -> MALConfig:
         lr_init=(0.1, 0.3, 0.6, 1.0),
         max_grad_norm=None,
         zero_start=True,
-        hidden_size=small.WIDTH,
+        hidden_size=small_host.WIDTH,
         base_model_name_or_path="mal_kernels.demo.host",
     )
 
@@ -85,7 +85,7 @@ def train(
         make_dialogues(seed + recipe.seed, recipe.dialogues, workers=workers, on_step=on_chunk)
         for seed in (HOST_SEED, MEMORY_SEED)
     )
-    host = small.pretrain(
+    host = small_host.pretrain(
         single.script,
         single.features,
         steps=recipe.host_steps,
@@ -126,7 +126,7 @@ def load(folder: Path | None = None) -> tuple[Qwen2AudioForConditionalGeneration
             f"{path} does not exist; make the demo's weights with "
             f"`mal-kernels demo --train --out {folder}`."
         )
-    host = small.build_host().requires_grad_(False)
+    host = small_host.build_host().requires_grad_(False)
     tensors, _ = read_tensors(path, KIND, lambda header: host.state_dict())
     host.load_state_dict(tensors)
     return host, MALAdapter.from_pretrained(folder)
@@ -136,7 +136,9 @@ def load(folder: Path | None = None) -> tuple[Qwen2AudioForConditionalGeneration
 def embed(host: Qwen2AudioForConditionalGeneration, features: Tensor) -> Tensor:
     """What the decoder is given for the emotion prompt of every turn, ``[N, T, S, Dm]``."""
     rows = [
-        small.input_embeds(host, small.audio_tokens(host, mels), small.token_ids(len(mels)))
+        small_host.input_embeds(
+            host, small_host.audio_tokens(host, mels), small_host.token_ids(len(mels))
+        )
         for mels in features.flatten(0, 1).split(512)
     ]
     return torch.cat(rows).unflatten(0, features.shape[:2])
@@ -153,8 +155,10 @@ def remember(memory: NeuralMemory, embeds: Tensor, speaker: Tensor, speakers: in
     """
     dialogues, turns, length, width = embeds.shape
     row = torch.arange(dialogues)
-    tokens = small.AUDIO.stop - small.AUDIO.start
-    index = (row[:, None] * length + torch.arange(length)[small.AUDIO]).flatten()  # into [N * S]
+    tokens = small_host.AUDIO.stop - small_host.AUDIO.start
+    index = (
+        row[:, None] * length + torch.arange(length)[small_host.AUDIO]
+    ).flatten()  # into [N * S]
     cu_seqlens = torch.arange(dialogues + 1) * tokens
     state = memory.initial_state(dialogues * speakers)
     changed = []
@@ -178,7 +182,7 @@ def _put(state: MemoryState, rows: Tensor, new: MemoryState) -> MemoryState:
 
 def answer_logits(host: Qwen2AudioForConditionalGeneration, embeds: Tensor) -> Tensor:
     """Logits of the answer for ``embeds`` ``[N, T, S, Dm]``: ``[N, T, len(WORDS)]``."""
-    return small.answer_logits(host, embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2])
+    return small_host.answer_logits(host, embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2])
 
 
 def train_memory(
@@ -195,9 +199,9 @@ def train_memory(
     """Train ``memory`` in place, through whole dialogues; returns the loss of every step."""
     embeds = embed(host, dialogues.features)
     speaker = torch.from_numpy(dialogues.script.speaker)
-    answer = torch.tensor(small.answer_ids())[torch.from_numpy(dialogues.script.label)]
+    answer = torch.tensor(small_host.answer_ids())[torch.from_numpy(dialogues.script.label)]
     optimizer = torch.optim.AdamW(memory.parameters(), lr=lr, weight_decay=0.0)
-    schedule = small.cosine(optimizer, steps, warmup=30)
+    schedule = small_host.cosine(optimizer, steps, warmup=30)
     draw = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):

@@ -7,8 +7,7 @@ import torch
 from rich.console import Console
 
 from mal_kernels import MALAdapter
-from mal_kernels.demo import audio, data, figure, play, show, synth, train
-from mal_kernels.demo import host as small
+from mal_kernels.demo import audio, data, figure, play, show, small_host, synth, train
 from mal_kernels.errors import ArgumentError, AudioFileError, CheckpointError
 
 
@@ -21,7 +20,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def shipped():
     host, mal = train.load()
-    return play.Player(host, mal.attach(host), small.build_processor())
+    return play.Player(host, mal.attach(host), small_host.build_processor())
 
 
 # --- the weights that ship with the package -------------------------------------------------------
@@ -64,8 +63,8 @@ def test_timing_a_turn_again_does_not_write_it_again(shipped):
 
 def answer_logits(host, mels):
     """What the host answers to the emotion prompt, ``[rows, V]``, called as a user calls it."""
-    ids = small.token_ids(len(mels))
-    frames = torch.ones(len(mels), small.FRAMES, dtype=torch.long)
+    ids = small_host.token_ids(len(mels))
+    frames = torch.ones(len(mels), small_host.FRAMES, dtype=torch.long)
     return host(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -76,12 +75,12 @@ def answer_logits(host, mels):
 
 def test_training_path_and_adapter_agree():
     """The loop over turns in train.py is the adapter's hooks, with gradients through all turns."""
-    host = small.build_host(seed=1).requires_grad_(False)
+    host = small_host.build_host(seed=1).requires_grad_(False)
     mal = MALAdapter(train.adapter_config())
     torch.nn.init.normal_(mal.memory.to_out.weight, std=0.3)
     rng = np.random.default_rng(0)
     script = synth.sample(rng, dialogues=3, turns=5)
-    mels = torch.randn(3, 5, small.MELS, small.FRAMES)
+    mels = torch.randn(3, 5, small_host.MELS, small_host.FRAMES)
     mal.attach(host)
     fast = train.answer_logits(
         host,
@@ -105,7 +104,7 @@ def test_short_training_makes_both_host_and_memory_learn(tmp_path):
     host, mal = train.train(recipe, workers=1)
     train.save(host, mal, tmp_path)
     host, mal = train.load(tmp_path)
-    player = play.Player(host, mal.attach(host), small.build_processor())
+    player = play.Player(host, mal.attach(host), small_host.build_processor())
     result = play.evaluate(player, dialogues=40, seed=7)
     scores = {way: score.accuracy for way, score in result.scores.items()}
     assert scores["no memory"] > scores["single-utterance cap"] - 0.06
@@ -125,8 +124,8 @@ def test_features_of_training_are_those_of_the_processor():
     seed = np.random.SeedSequence(6).spawn(1)[0]
     rng = np.random.default_rng(seed)
     waves = synth.render_script(rng, synth.sample(rng, 1))[0]
-    inputs = small.prompt(small.build_processor(), waves)
-    assert torch.equal(inputs["input_ids"], small.token_ids(len(waves)))
+    inputs = small_host.prompt(small_host.build_processor(), waves)
+    assert torch.equal(inputs["input_ids"], small_host.token_ids(len(waves)))
     assert inputs["feature_attention_mask"].all()
     torch.testing.assert_close(
         inputs["input_features"], dialogues.features[0].float(), rtol=0, atol=2e-3

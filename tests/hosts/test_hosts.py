@@ -14,7 +14,7 @@ from mal_kernels import HostSpec, MALAdapter, MALConfig, hosts, register_host
 from mal_kernels.errors import ArgumentError, HostError
 from mal_kernels.hosts import Clip, Host, find_decoder, fingerprint, last_effective_layer
 from mal_kernels.testing import tiny_host, tiny_inputs
-from mal_kernels.zoo import ENCODERS, RECIPES, REPLICAS, STREAMING
+from mal_kernels.testing.hosts import ENCODERS, RECIPES, REPLICAS, STREAMING
 from tools import hosts_table
 
 
@@ -121,7 +121,7 @@ def test_the_last_registered_host_counts():
     assert Host.of(model).spec is spec
 
 
-def test_every_host_with_an_audio_token_is_in_the_zoo():
+def test_every_host_with_an_audio_token_has_a_tiny_host():
     specs = [(name, hosts._SPECS[name]) for name in hosts.BUILT_IN]
     assert {name for name, spec in specs if spec.audio_token} == set(RECIPES)
     flamingos = {"audio_flamingo", "audio_flamingo_2"}

@@ -12,8 +12,8 @@ from mal_kernels import MALAdapter, MALConfig
 from mal_kernels.errors import ArgumentError, HostError
 from mal_kernels.hosts import Host, placed
 from mal_kernels.testing import tiny_host, tiny_inputs
-from mal_kernels.zoo.recipes import BEGIN, END
-from mal_kernels.zoo.replicas import REPLICAS
+from mal_kernels.testing.hosts.recipes import BEGIN, END
+from mal_kernels.testing.hosts.replicas import REPLICAS
 
 ENCODERS = {name: REPLICAS[name] for name in ("audio_flamingo", "audio_flamingo_2")}
 SITES = [

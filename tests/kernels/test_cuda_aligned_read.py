@@ -14,7 +14,7 @@ from torch.library import opcheck
 from mal_kernels import BackendUnavailable, MemoryState, ops, reference
 from mal_kernels._cuda import aligned_residual_read as launcher
 from mal_kernels.testing import assert_within_budget, low_precision
-from tests.support.emulation import devices
+from mal_kernels.testing.emulation import devices
 
 device = devices("aligned_read.cu")
 

@@ -11,7 +11,7 @@ from test_cuda_ops import CASES, memory_inputs
 from mal_kernels import ops, reference
 from mal_kernels.reference import NeuralMemoryOutput
 from mal_kernels.testing import assert_all_within_budget, low_precision, results
-from tests.support.emulation import devices
+from mal_kernels.testing.emulation import devices
 
 device = devices("memory_update.cu", "memory_read_bwd.cu", "memory_update_bwd.cu")
 

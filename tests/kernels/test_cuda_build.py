@@ -14,7 +14,7 @@ import torch
 
 from mal_kernels import BackendUnavailable
 from mal_kernels._cuda import build, library
-from tests.support.emulation import is_found
+from mal_kernels.testing.emulation import is_found
 
 pytestmark = pytest.mark.timeout(900)  # nvcc compiles every kernel three times
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,14 @@ from test_cuda_ops import called, memory_inputs, scan, scan_tensors, values_and_
 from mal_kernels import ops
 from mal_kernels._cuda.build import source_folder
 from mal_kernels.testing import results
-from tests.support.emulation import COMPILER, Refused, in_program, needs_compiler, program, serve
+from mal_kernels.testing.emulation import (
+    COMPILER,
+    Refused,
+    in_program,
+    needs_compiler,
+    program,
+    serve,
+)
 
 needs_compiler()
 

@@ -10,7 +10,7 @@ import torch
 from mal_kernels import BackendUnavailable, MemoryState, ops, reference
 from mal_kernels._cuda import neural_memory
 from mal_kernels.testing import assert_within_budget, low_precision, make_inputs
-from tests.support.emulation import devices
+from mal_kernels.testing.emulation import devices
 
 
 def every_case_and_dtype(cases, dtypes, few):

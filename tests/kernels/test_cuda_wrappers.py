@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mal_kernels._cuda import build
 from mal_kernels._cuda import library as cuda
-from tests.support.emulation import is_found, linked, needs_compiler
+from mal_kernels.testing.emulation import is_found, linked, needs_compiler
 
 SOURCE = Path(__file__).with_name("cuda_wrappers.cu")
 Run = Callable[..., int]  # of an entry of cuda_wrappers.cu and its fields: its error

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from tests.support import interpreter
+from mal_kernels.testing import interpreter
 
 interpreter.install()
 

@@ -19,7 +19,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs the interpreter, TRITON_INTERPRET=1, or a GPU", allow_module_level=True)
 
 if INTERPRETED:
-    from tests.support import interpreter
+    from mal_kernels.testing import interpreter
 
     interpreter.install()
 else:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.peers import TitansPytorch, fla_momentum_delta_rule
 from mal_kernels.ops import memory_read, memory_update, neural_memory
 from mal_kernels.state import MemoryState
+from mal_kernels.testing.oracles import TitansPytorch, fla_momentum_delta_rule
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 B, H, D, E = 2, 3, 8, 16

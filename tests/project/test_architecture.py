@@ -22,7 +22,7 @@ LAYERS = (
     ("state", "grid", "config", "checkpoint", "hosts"),
     ("reference", "_triton", "_cuda", "snapshot", "store"),
     ("ops",),
-    ("memory", "dialogue", "zoo"),
+    ("memory", "dialogue"),
     ("turn",),
     ("adapter",),
     ("testing", "__init__"),

@@ -23,8 +23,7 @@ from examples.serve_vllm import (
     read_audio,
 )
 from mal_kernels import ArgumentError, AudioFileError, CheckpointError, MALAdapter
-from mal_kernels.demo import host as small
-from mal_kernels.demo import train
+from mal_kernels.demo import small_host, train
 from mal_kernels.errors import HostError, StoreError
 from mal_kernels.store import DirectoryStore, MemoryStore, RedisStore
 from tests.support.dialogues import equal
@@ -49,14 +48,14 @@ def test_the_embeddings_sent_are_those_that_the_whole_host_would_use(played, wav
     sidecar = small_sidecar(played.url, None)
     host, mal = train.load()
     mal.attach(host)
-    processor, seen, sent = small.build_processor(), [], []
+    processor, seen, sent = small_host.build_processor(), [], []
     embeds_of = host.model.language_model
     hook = embeds_of.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     sidecar.vllm.post = lambda request: sent.append(request)  # what vLLM gets
     for turn, wav in enumerate(wavs[0]):
-        inputs = small.prompt(processor, [decoded(wav)])
+        inputs = small_host.prompt(processor, [decoded(wav)])
         with torch.no_grad(), mal.dialogue("call-0", "AB"[turn % 2]):
             host(**inputs)
         sidecar.chat(chat_request(0, turn, wav))
@@ -178,7 +177,7 @@ def test_recordings_are_checked():
 
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
 def test_only_the_encoder_half_of_a_checkpoint_is_loaded(tmp_path, shard):
-    host = small.build_host()
+    host = small_host.build_host()
     host.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
     vllm = load_encoder(str(tmp_path), "http://localhost:8000")
@@ -194,7 +193,7 @@ def test_only_the_encoder_half_of_a_checkpoint_is_loaded(tmp_path, shard):
 def test_an_encoder_without_weights(tmp_path):
     from safetensors.torch import save_file
 
-    host = small.build_host()
+    host = small_host.build_host()
     host.config.save_pretrained(tmp_path)
     save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="no weights for audio_tower"):
@@ -228,12 +227,12 @@ def test_the_prompt_of_a_served_turn_is_that_of_the_demo():
 
     parts = [{"type": "audio"}, {"type": "text", "text": "emotion"}]
     prompt = jinja2.Template(TEMPLATE).render(messages=[{"role": "user", "content": parts}])
-    assert prompt == small.PROMPT.format(task="emotion")
+    assert prompt == small_host.PROMPT.format(task="emotion")
 
 
 def test_an_answer_is_compared_by_its_tokens():
     expected = torch.tensor([0.5, 0.25, 0.25]).log()
-    tops = [{"token": small.WORDS[2], "logprob": -1.5}, {"token": " <pad>", "logprob": -0.7}]
+    tops = [{"token": small_host.WORDS[2], "logprob": -1.5}, {"token": " <pad>", "logprob": -0.7}]
     answer = {"choices": [{"logprobs": {"content": [{"top_logprobs": tops}]}}]}
     read = log_probabilities(answer)
     assert read == {2: -1.5, 0: -0.7}

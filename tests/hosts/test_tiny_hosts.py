@@ -12,7 +12,7 @@ import transformers
 from mal_kernels import MALAdapter, MALConfig
 from mal_kernels.errors import HostError
 from mal_kernels.hosts import Host
-from mal_kernels.zoo import RECIPES, tiny_host, tiny_inputs
+from mal_kernels.testing.hosts import RECIPES, tiny_host, tiny_inputs
 
 SITES = ("embeds", "layer")
 CLIPS = [[5, 4], [3]]
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 @functools.cache
-def zoo(name: str) -> Host:
+def host_of(name: str) -> Host:
     if not hasattr(transformers, RECIPES[name].model):
         pytest.skip(f"transformers {transformers.__version__} has no {RECIPES[name].model}")
     # frozen from the start: PyTorch multiplies by a weight that requires grad in another way, and
@@ -106,7 +106,7 @@ def row_alone(name: str, inputs, row: int):
 
 @pytest.mark.parametrize("site", SITES)
 def test_untrained_and_disabled_adapters_change_no_bit(name, site):
-    host = zoo(name)
+    host = host_of(name)
     inputs = tiny_inputs(host.whole, CLIPS)
     before, steps = logits(host, inputs), generate(host, inputs)
 
@@ -126,7 +126,7 @@ def test_untrained_and_disabled_adapters_change_no_bit(name, site):
 
 @pytest.mark.parametrize("site", SITES)
 def test_a_residual_changes_exactly_the_audio_positions(name, site):
-    host = zoo(name)
+    host = host_of(name)
     inputs = tiny_inputs(host.whole, [[5, 2], [3]])
     audio = inputs["input_ids"] == host.audio_tokens[0]
     before, clean = at_site(host, site, inputs), logits(host, inputs)
@@ -147,7 +147,7 @@ def test_a_residual_changes_exactly_the_audio_positions(name, site):
 
 @pytest.mark.parametrize("site", SITES)
 def test_a_call_writes_once_and_the_next_one_reads_it(name, site):
-    host = zoo(name)
+    host = host_of(name)
     first, second = (tiny_inputs(host.whole, [[4], [3]], seed=seed) for seed in range(2))
     decodings = {"greedy": {}, "beams": {"num_beams": 2}}
     if not RECIPES[name].beams:
@@ -171,7 +171,7 @@ def test_a_call_writes_once_and_the_next_one_reads_it(name, site):
 
 
 def test_each_row_of_a_batch_is_as_if_alone(name):
-    host = zoo(name)
+    host = host_of(name)
     inputs = tiny_inputs(host.whole, CLIPS)
     with attached(host, "embeds"):
         together = logits(host, inputs)
@@ -181,7 +181,7 @@ def test_each_row_of_a_batch_is_as_if_alone(name):
 
 
 def test_clips_are_known_again_by_what_is_heard(name):
-    host = zoo(name)
+    host = host_of(name)
     marks = [
         [clip.fingerprint for row in host.clips(inputs, fingerprints=True) for clip in row]
         for inputs in (tiny_inputs(host.whole, CLIPS, seed=seed) for seed in (0, 0, 1))
@@ -192,7 +192,7 @@ def test_clips_are_known_again_by_what_is_heard(name):
 
 
 def test_no_layer_after_the_last_effective_one_reaches_the_text(name):
-    host = zoo(name)
+    host = host_of(name)
     inputs = tiny_inputs(host.whole, [[4], [3]])
     audio = inputs["input_ids"] == host.audio_tokens[0]
     clean = logits(host, inputs)[~audio]
@@ -219,7 +219,7 @@ def test_no_layer_after_the_last_effective_one_reaches_the_text(name):
 
 @pytest.mark.parametrize("site", SITES)
 def test_detach_leaves_nothing_behind(name, site):
-    host = zoo(name)
+    host = host_of(name)
 
     def everything():
         modules = list(host.whole.named_modules())
@@ -241,7 +241,7 @@ def test_detach_leaves_nothing_behind(name, site):
 
 @pytest.mark.parametrize("site", SITES)
 def test_gradients_reach_the_adapter_also_through_checkpoints(name, site):
-    host = zoo(name)
+    host = host_of(name)
     # no padding: the norm of its embedding, which is zero here, has no gradient in Gemma 3n
     turns = [tiny_inputs(host.whole, [[5, 3], [3, 5]], seed=seed) for seed in range(2)]
 

@@ -23,10 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import reference
-from .state import MemoryState
-from .zoo import tiny_host as tiny_host
-from .zoo import tiny_inputs as tiny_inputs
+from .. import reference
+from ..state import MemoryState
 
 
 class Inputs(NamedTuple):

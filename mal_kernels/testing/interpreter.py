@@ -1,5 +1,4 @@
-"""Makes Triton's interpreter (``TRITON_INTERPRET=1``) an oracle that a kernel has to satisfy on a
-CPU.
+"""Makes Triton's interpreter (``TRITON_INTERPRET=1``) an oracle for kernels on a CPU.
 
 Stock, it computes bfloat16 as raw integers, truncates casts, treats TF32 as float32, dereferences
 any address and runs the programs of a launch one after the other, so that no race shows.

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from ..errors import ArgumentError
-from ..hosts import Host
+from ...errors import ArgumentError
+from ...hosts import Host
 from .audio import NoNoise
 from .recipes import BEGIN, ENCODERS, END, RECIPES, STREAMING, Recipe
 from .replicas import REPLICAS
