@@ -35,9 +35,9 @@ from bench.echo import echo_adapter, turn_tokens
 from bench.soak import play
 from examples.serve_vllm import parse, read_audio
 from mal_kernels import MALAdapter, MALConfig, MALError, MemoryState, ops
-from mal_kernels.checkpoint import UNSIGNED
 from mal_kernels.demo.audio import load_turn
-from mal_kernels.snapshot import EMPTY, pack_dialogues
+from mal_kernels.dialogues.files import UNSIGNED
+from mal_kernels.dialogues.snapshot import EMPTY, pack_dialogues
 from mal_kernels.store import MemoryStore
 from mal_kernels.testing import Inputs, make_inputs
 

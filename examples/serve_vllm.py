@@ -48,7 +48,7 @@ from mal_kernels import (
     MALError,
     register_host,
 )
-from mal_kernels.checkpoint import find_file
+from mal_kernels.adapter.hub import find_file
 from mal_kernels.errors import StoreError
 from mal_kernels.store import DirectoryStore, KeyValueStore, RedisStore
 

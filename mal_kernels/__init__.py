@@ -1,9 +1,9 @@
 """Test-time neural memory for PyTorch, and Memory-as-a-Layer for frozen audio language models."""
 
 from . import ops
-from .adapter import MALAdapter
+from .adapter import MALAdapter, TurnReport
 from .config import MALConfig
-from .dialogue import Dialogue, DialogueStore
+from .dialogues import Dialogue, DialogueStore
 from .errors import (
     ArgumentError,
     AudioFileError,
@@ -16,7 +16,6 @@ from .errors import (
 from .hosts import HostSpec, register_host
 from .memory import NeuralMemory
 from .state import MemoryState
-from .turn import TurnReport
 
 __version__ = "0.1.0"
 __all__ = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.ser.corpus import SAMPLE_RATE, Corpus, Dialogue, Turn, read_audio
-from mal_kernels.checkpoint import read_tensors, write_tensors
+from mal_kernels.dialogues.files import read_tensors, write_tensors
 from mal_kernels.errors import ArgumentError, HostError
 from mal_kernels.hosts import Host
 

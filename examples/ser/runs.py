@@ -16,7 +16,7 @@ from examples.ser.host import EncodedDialogue, Listener, encode_corpus, load_lis
 from examples.ser.memories import ARMS, TitansMemory
 from examples.ser.model import DialogueModel, new_model
 from examples.ser.train import DialogueTrainer, Settings, arguments
-from mal_kernels.checkpoint import read_tensors, write_tensors
+from mal_kernels.dialogues.files import read_tensors, write_tensors
 from mal_kernels.errors import ArgumentError
 
 WEIGHTS, KIND = "model.safetensors", "dialogue model"

@@ -17,7 +17,7 @@ from examples.ser.metrics import summary
 from examples.ser.model import DialogueModel
 from examples.ser.scoring import score_dialogues
 from examples.ser.stream import RankSampler, WindowLoader
-from mal_kernels.checkpoint import read_tensors, write_tensors
+from mal_kernels.dialogues.files import read_tensors, write_tensors
 from mal_kernels.errors import CheckpointError
 
 SETTINGS = "settings.json"

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mal_kernels.adapter import MALAdapter
-from mal_kernels.checkpoint import read_tensors, write_tensors
 from mal_kernels.config import MALConfig
 from mal_kernels.demo import small_host
 from mal_kernels.demo.data import CHUNK, Dialogues, make_dialogues
+from mal_kernels.dialogues.files import read_tensors, write_tensors
 from mal_kernels.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ def test_a_prompt_that_the_processor_did_not_expand(host, site, call, monkeypatc
     # and if the host is said to have clips of one token, it shows where they are put
     mal.detach()
     monkeypatch.setitem(
-        hosts._SPECS, "qwen2_audio", hosts.HostSpec("qwen2_audio", min_clip_tokens=1)
+        hosts.spec.SPECS, "qwen2_audio", hosts.HostSpec("qwen2_audio", min_clip_tokens=1)
     )
     mal.attach(host)
     with mal.dialogue("a"), pytest.raises(HostError, match=r"changed the length of the prompt"):
@@ -78,7 +78,7 @@ def test_audio_without_input_ids(host):
 def test_a_host_that_does_not_pass_the_site(host, monkeypatch):
     aside = tiny_host("qwen2_audio").model.language_model
     spec = hosts.HostSpec("qwen2_audio", decoder=lambda _: aside)
-    monkeypatch.setitem(hosts._SPECS, "qwen2_audio", spec)
+    monkeypatch.setitem(hosts.spec.SPECS, "qwen2_audio", spec)
     mal = attached(host)
     for run in (host, host.generate):
         with mal.dialogue("a"), pytest.raises(HostError, match="no hidden states passed the site"):

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mal_kernels import MemoryState
-from mal_kernels.checkpoint import UNSIGNED
-from mal_kernels.dialogue import EMPTY, Dialogue, Snapshot
+from mal_kernels.dialogues import Dialogue
+from mal_kernels.dialogues.files import UNSIGNED
+from mal_kernels.dialogues.snapshot import EMPTY, Snapshot
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from tests.support.dialogues import CONFIG, equal, new_store, snapshot
 

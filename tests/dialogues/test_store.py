@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mal_kernels import MALAdapter, MALConfig
-from mal_kernels.dialogue import EMPTY, Dialogue, Snapshot
+from mal_kernels.dialogues import Dialogue
+from mal_kernels.dialogues.snapshot import EMPTY, Snapshot
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from mal_kernels.store import DirectoryStore, KeyValueStore, MemoryStore, RedisStore
 from tests.support.dialogues import CONFIG, equal, new_store, snapshot

@@ -20,7 +20,7 @@ from tools import hosts_table
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch):
-    monkeypatch.setattr(hosts, "_SPECS", dict(hosts._SPECS))
+    monkeypatch.setattr(hosts.spec, "SPECS", dict(hosts.spec.SPECS))
 
 
 def stack(n: int, **children: nn.Module) -> nn.Module:
@@ -122,7 +122,7 @@ def test_the_last_registered_host_counts():
 
 
 def test_every_host_with_an_audio_token_has_a_tiny_host():
-    specs = [(name, hosts._SPECS[name]) for name in hosts.BUILT_IN]
+    specs = [(name, hosts.spec.SPECS[name]) for name in hosts.BUILT_IN]
     assert {name for name, spec in specs if spec.audio_token} == set(RECIPES)
     flamingos = {"audio_flamingo", "audio_flamingo_2"}
     assert {name for name, spec in specs if spec.encoder} == set(ENCODERS) | flamingos
@@ -134,7 +134,7 @@ def test_every_host_with_an_audio_token_has_a_tiny_host():
 
 
 def test_the_committed_table_is_of_the_registered_hosts_and_the_kept_results():
-    audio = {name for name in hosts.BUILT_IN if hosts._SPECS[name].audio_inputs}
+    audio = {name for name in hosts.BUILT_IN if hosts.spec.SPECS[name].audio_inputs}
     assert set(hosts_table.kinds()) == audio
     results = hosts_table.load()
     table = hosts_table.TABLE.read_text()

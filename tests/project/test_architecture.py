@@ -19,12 +19,11 @@ PACKAGE = ROOT / "mal_kernels"
 # A module imports only from layers below its own; two modules of one layer do not know each other.
 LAYERS = (
     ("errors",),
-    ("state", "grid", "config", "checkpoint", "hosts"),
-    ("reference", "_triton", "_cuda", "snapshot", "store"),
+    ("state", "grid", "config"),
+    ("reference", "_triton", "_cuda"),
     ("ops",),
-    ("memory", "dialogue"),
-    ("turn",),
-    ("adapter",),
+    ("memory", "dialogues", "hosts"),
+    ("adapter", "store"),
     ("testing", "__init__"),
     ("demo", "integrations"),
     ("cli", "__main__"),

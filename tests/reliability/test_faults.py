@@ -22,7 +22,7 @@ from bench.heap import allocated_mib, resident_mib, trimmed_mib
 from bench.reliability import drift
 from bench.soak import FailingStore, Log, compare, play, steady
 from mal_kernels import MALAdapter, MALConfig
-from mal_kernels.dialogue import EMPTY
+from mal_kernels.dialogues.snapshot import EMPTY
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from mal_kernels.store import DirectoryStore, MemoryStore
 from mal_kernels.testing import tiny_host, tiny_inputs

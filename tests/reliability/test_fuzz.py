@@ -16,7 +16,7 @@ from bench.echo import echo_adapter, turn_tokens
 from bench.fuzz import TARGETS, Finding, fuzz, run_case, saved_adapter, stored
 from examples.serve_vllm import parse, read_audio
 from mal_kernels import MALAdapter, MALConfig, MemoryState, ops
-from mal_kernels.checkpoint import pack, read_tensors, revision
+from mal_kernels.dialogues.files import pack, read_tensors, revision
 from mal_kernels.errors import (
     ArgumentError,
     AudioFileError,

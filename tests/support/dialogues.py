@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from mal_kernels import MALConfig, MemoryState, NeuralMemory
-from mal_kernels.dialogue import DialogueStore, Snapshot
+from mal_kernels.dialogues import DialogueStore
+from mal_kernels.dialogues.snapshot import Snapshot
 
 CONFIG = MALConfig(heads=2, head_dim=4, hidden_size=8, residual_norm=True)
 

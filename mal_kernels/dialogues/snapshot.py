@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checkpoint import pack, read_tensors
-from .config import MALConfig
-from .errors import CheckpointError
-from .state import MemoryState
+from ..config import MALConfig
+from ..errors import CheckpointError
+from ..state import MemoryState
+from .files import pack, read_tensors
 
 KIND = "dialogues"
 

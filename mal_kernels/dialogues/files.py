@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from .errors import CheckpointError, StoreError
+from ..errors import CheckpointError, StoreError
 
 VERSION = 2  # of the header; files of version 1 have no checksum
 UNSIGNED = "0" * 64
@@ -278,45 +278,3 @@ def _unreadable(name: str, why: object) -> CheckpointError:
         f"cannot read {name} as safetensors ({why}); expected a file written by mal_kernels. Copy "
         "it again, it may be truncated."
     )
-
-
-def find_file(model_id: str | Path, name: str, hub_kwargs: Mapping[str, Any]) -> Path:
-    """``name`` in the folder ``model_id``, or downloaded from that repository of the hub.
-
-    Raises:
-        CheckpointError: neither exists, or the hub cannot be reached.
-    """
-    if Path(model_id).is_dir():
-        return Path(model_id) / name
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(str(model_id), name, **hub_kwargs))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"model_id {str(model_id)!r} is not a folder, and not a repository with {name} that "
-            f"can be reached: {error}"
-        ) from error
-
-
-def model_card(base_model: str | None) -> str:
-    """README of a saved adapter, in the format of the hub."""
-    relation = f"base_model: {base_model}\nbase_model_relation: adapter\n" if base_model else ""
-    return f"""---
-library_name: mal_kernels
-{relation}tags:
-- neural-memory
-- audio
----
-
-# Memory-as-a-Layer adapter{f" for {base_model}" if base_model else ""}
-
-```python
-from mal_kernels import MALAdapter
-
-mal = MALAdapter.from_pretrained("this/repository").attach(model)
-with mal.dialogue("call-17"):
-    model.generate(**processor(...))
-```
-"""

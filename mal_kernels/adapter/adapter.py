@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import find_file, model_card, read_json, read_tensors, write_tensors
-from .config import MALConfig
-from .dialogue import Dialogue, DialogueStore
-from .errors import ArgumentError, CheckpointError, HostError
-from .hosts import Host
-from .memory import NeuralMemory
-from .state import MemoryState
-from .turn import Turn, TurnReport
+from ..config import MALConfig
+from ..dialogues import Dialogue, DialogueStore
+from ..dialogues.files import read_json, read_tensors, write_tensors
+from ..errors import ArgumentError, CheckpointError, HostError
+from ..hosts import Host
+from ..memory import NeuralMemory
+from ..state import MemoryState
+from .hub import find_file, model_card
+from .report import TurnReport
+from .turn import Turn
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 

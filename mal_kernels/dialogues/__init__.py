@@ -1,0 +1,11 @@
+"""What is remembered between the turns of a dialogue.
+
+A :class:`Dialogue` is what the user holds. A :class:`DialogueStore` keeps a ``Snapshot`` of every
+dialogue after each turn, in memory and in a backing (:mod:`~mal_kernels.dialogues.backing`), as
+bytes of :mod:`~mal_kernels.dialogues.files`.
+"""
+
+from .dialogue import Dialogue
+from .store import DialogueStore
+
+__all__ = ["Dialogue", "DialogueStore"]
