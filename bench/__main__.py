@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bench import figures, report
-from bench.measure import ROOT, describe_machine, device_rates
+from bench.interleaved import ROOT, describe_machine, device_rates
 from bench.questions import QUESTIONS, Bench
 
 Result = dict[str, Any]

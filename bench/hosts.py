@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import in_pairs, quantiles
+from bench.interleaved import in_pairs, quantiles
 from mal_kernels import MALAdapter
 from mal_kernels.testing.hosts.recipes import AUDIO, BEGIN, END, RECIPES
 

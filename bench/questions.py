@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import cases, hosts, turns
 from bench.cases import Case
-from bench.measure import in_turns, peak_rss, run_python
+from bench.interleaved import in_turns, peak_rss, run_python
 from bench.providers import (
     COMPILED,
     EAGER,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import FIGURES
-from bench.measure import ROOT
+from bench.interleaved import ROOT
 from bench.providers import OURS, OURS_CHUNK, PROVIDERS, THEIRS, THEIRS_CHUNK
 
 Result = dict[str, Any]

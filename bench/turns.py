@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.hosts import TEXT, TURN, narrow_host
-from bench.measure import in_turns, quantiles, wall_clock_ms
+from bench.interleaved import in_turns, quantiles, wall_clock_ms
 from mal_kernels import MALAdapter
 
 TURN_TOKENS = TURN + TEXT

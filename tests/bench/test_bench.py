@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import figures, hosts, measure, providers, questions, report, turns
+from bench import figures, hosts, interleaved, providers, questions, report, turns
 from bench.cases import HOSTS, Case, turn_ops
 from bench.questions import Bench
 from mal_kernels import cli
@@ -74,7 +74,7 @@ def test_slow_functions_are_called_less(monkeypatch):
         calls.append(function())
         return cost[calls[-1]]
 
-    found = measure.in_turns(
+    found = interleaved.in_turns(
         {name: lambda name=name: name for name in cost}, seconds=0.1, rounds=5, most=7, once=once
     )
     assert found["fast"] == {"p20": 1.0, "median": 1.0, "p80": 1.0, "calls": 35}
@@ -84,8 +84,8 @@ def test_slow_functions_are_called_less(monkeypatch):
 
 def test_pairs_see_a_difference_that_noise_hides(monkeypatch):
     noise = iter(x for n in range(100) for x in (n * 7 % 13, n * 7 % 13))
-    monkeypatch.setattr(measure, "wall_clock_ms", lambda f: f() + 100 * next(noise))
-    found = measure.in_pairs(lambda: 10.0, lambda: 11.0, rounds=10)
+    monkeypatch.setattr(interleaved, "wall_clock_ms", lambda f: f() + 100 * next(noise))
+    found = interleaved.in_pairs(lambda: 10.0, lambda: 11.0, rounds=10)
     assert found["added"]["median"] == pytest.approx(1.0)
 
 
@@ -148,7 +148,7 @@ def result(row):
     found = {
         "quick": False,
         "rates": RATES,
-        "machine": measure.describe_machine(1),
+        "machine": interleaved.describe_machine(1),
         "questions": {
             "peers": {"cases": peers, "not_run": {"a": "b"}},
             "tokens": {"points": points},

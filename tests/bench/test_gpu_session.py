@@ -11,7 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gpu, gpu_report, gpu_steps
+from bench.gpu import report as gpu_report
+from bench.gpu import session as gpu
+from bench.gpu import steps as gpu_steps
 from mal_kernels.ops import _backend
 
 
@@ -29,7 +31,7 @@ def python(code: str) -> list[str]:
 
 def test_a_dry_run_measures_in_miniature_and_says_so(tmp_path):
     steps = ("environment", "read", "ncu")
-    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.gpu.session", "--dry-run", "--out", str(tmp_path)]
     command += [word for step in steps for word in ("--step", step)]
     done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,7 +72,7 @@ def steps(session, code: str) -> None:
     stock = session.run
 
     def run(step, command, limit):
-        out, *backends = command[command.index("bench.gpu_steps") + 2 :]
+        out, *backends = command[command.index("bench.gpu.steps") + 2 :]
         return stock(step, [*python(code), out, *backends], limit)
 
     session.run = run

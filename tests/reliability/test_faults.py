@@ -17,15 +17,15 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from bench.echo import echo_adapter, turn_tokens
-from bench.heap import allocated_mib, resident_mib, trimmed_mib
-from bench.reliability import drift
-from bench.soak import FailingStore, Log, compare, play, steady
 from mal_kernels import MALAdapter, MALConfig
 from mal_kernels.dialogues.snapshot import EMPTY
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from mal_kernels.store import DirectoryStore, MemoryStore
 from mal_kernels.testing import tiny_host, tiny_inputs
+from tests.reliability.__main__ import drift
+from tests.reliability.echo import echo_adapter, turn_tokens
+from tests.reliability.heap import allocated_mib, resident_mib, trimmed_mib
+from tests.reliability.soak import FailingStore, Log, compare, play, steady
 from tests.support.dialogues import equal
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +151,7 @@ def test_a_dialogue_forgotten_while_its_turn_runs_stays_forgotten(tmp_path):
 
 
 def test_soak_with_kills_host_errors_store_errors_and_evictions():
-    command = [sys.executable, "-m", "bench.soak", "--dialogues", "8", "--turns", "12"]
+    command = [sys.executable, "-m", "tests.reliability.soak", "--dialogues", "8", "--turns", "12"]
     done = subprocess.run([*command, "--lifetime", "40"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

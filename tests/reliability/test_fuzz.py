@@ -12,8 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.echo import echo_adapter, turn_tokens
-from bench.fuzz import TARGETS, Finding, fuzz, run_case, saved_adapter, stored
 from examples.serve_vllm import parse, read_audio
 from mal_kernels import MALAdapter, MALConfig, MemoryState, ops
 from mal_kernels.dialogues.files import pack, read_tensors, revision
@@ -25,6 +23,8 @@ from mal_kernels.errors import (
     MALError,
 )
 from mal_kernels.testing import make_inputs
+from tests.reliability.echo import echo_adapter, turn_tokens
+from tests.reliability.fuzz import TARGETS, Finding, fuzz, run_case, saved_adapter, stored
 from tests.support.dialogues import new_store
 
 quick = settings(

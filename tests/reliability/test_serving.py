@@ -11,8 +11,6 @@ import pytest
 import soundfile
 import torch
 
-from bench.load import PlayedVLLM, chat_request, load, post, recordings, running, small_sidecar
-from bench.served import TEMPLATE, distance, log_probabilities, serving
 from examples.serve_vllm import (
     VLLM,
     Server,
@@ -26,6 +24,16 @@ from mal_kernels import ArgumentError, AudioFileError, CheckpointError, MALAdapt
 from mal_kernels.demo import small_host, train
 from mal_kernels.errors import HostError, StoreError
 from mal_kernels.store import DirectoryStore, MemoryStore, RedisStore
+from tests.reliability.load import (
+    PlayedVLLM,
+    chat_request,
+    load,
+    post,
+    recordings,
+    running,
+    small_sidecar,
+)
+from tests.reliability.served import TEMPLATE, distance, log_probabilities, serving
 from tests.support.dialogues import equal
 
 

@@ -10,9 +10,9 @@ import json
 import pytest
 import torch
 
-from bench.load import SCHEMA, chat_request, recordings, small_sidecar
-from bench.served import chat_schema, save_model
 from examples.serve_vllm import embeds_part
+from tests.reliability.load import SCHEMA, chat_request, recordings, small_sidecar
+from tests.reliability.served import chat_schema, save_model
 
 vllm, arguments, protocol, exceptions, chat = (
     pytest.importorskip(name, reason="no vLLM: pip install vllm")

@@ -1,8 +1,9 @@
-"""The sidecar before a real vLLM: ``python -m bench.reliability vllm``, with ``vllm`` on the PATH.
+"""The sidecar before a real vLLM: ``python -m tests.reliability vllm``, with ``vllm`` on the PATH.
 
 A small Qwen2-Audio is served, and several sidecars ask it. The log-probabilities of every answer
 must be those of the whole host with the adapter in one process. vLLM may be in an environment of
-its own; in one that has both, ``python -m bench.served`` prints the schema of what a turn sends.
+its own; in one that has both, ``python -m tests.reliability.served`` prints the schema of what a
+turn sends.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import Any
 import torch
 import typer
 
-from bench.load import chat_request, recordings, small_sidecar, talk
 from examples.serve_vllm import UpstreamError, embeds_part
 from mal_kernels import ArgumentError
 from mal_kernels.demo import small_host, train
 from mal_kernels.store import MemoryStore
+from tests.reliability.load import chat_request, recordings, small_sidecar, talk
 
 STARTUP = 600.0  # seconds until the server must answer
 WORDS = 30  # of the question: a prompt fills a block of 32, which vLLM keeps in its prefix cache
@@ -74,8 +75,8 @@ def chat_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A chat request to vLLM with audio embeddings",
-        "description": "What python -m bench.served prints of the request classes of vLLM "
-        f"{__version__}, as far as a turn uses them; unlike there, unknown fields are errors.",
+        "description": "What python -m tests.reliability.served prints of the request classes of "
+        f"vLLM {__version__}, as far as a turn uses them; unlike there, unknown fields are errors.",
         **request,
     }
 

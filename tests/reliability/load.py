@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
-from bench.soak import percentiles
 from examples.serve_vllm import CHAT, VLLM, Server, Sidecar
 from mal_kernels import MALAdapter
 from mal_kernels.demo import small_host, synth, train
 from mal_kernels.store import KeyValueStore, MemoryStore
+from tests.reliability.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
+from tests.reliability.soak import percentiles
 
 CACHE = 2**20  # bytes of states in each sidecar; the rest is in the store
-SCHEMA = Path(__file__).parent.parent / "tests" / "golden" / "vllm_chat_request.json"
+SCHEMA = Path(__file__).parents[1] / "golden" / "vllm_chat_request.json"
 
 
 class PlayedVLLM(ThreadingHTTPServer):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.measure import Functions, Quantiles, in_turns
+from bench.interleaved import Functions, Quantiles, in_turns
 
 
 class Stopwatch:
@@ -23,7 +23,7 @@ class Stopwatch:
             self.flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
 
     def in_turns(self, functions: Functions) -> dict[str, Quantiles]:
-        """Quantiles in milliseconds: :func:`bench.measure.in_turns`."""
+        """Quantiles in milliseconds: :func:`bench.interleaved.in_turns`."""
         if not self.on_gpu:
             return in_turns(functions, seconds=0, rounds=1)
         return in_turns(functions, once=self._once)

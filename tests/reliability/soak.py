@@ -1,8 +1,9 @@
-"""Many dialogues, turn by turn, while everything that can fail does: ``python -m bench.soak``.
+"""Many dialogues, turn by turn, while everything that can fail does.
 
-Worker processes play the same dialogues from a folder of states. They are killed at random moments;
-inside them hosts raise, the store fails before or after it has done its work, and only a few
-dialogues fit into memory. In the end every state must equal that of a run in which nothing failed.
+``python -m tests.reliability.soak``: worker processes play the same dialogues from a folder of
+states. They are killed at random moments; inside them hosts raise, the store fails before or after
+it has done its work, and only a few dialogues fit into memory. In the end every state must equal
+that of a run in which nothing failed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import Any
 import torch
 import typer
 
-from bench.echo import Echo, echo_adapter, turn_tokens
-from bench.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
 from mal_kernels import Dialogue, MALAdapter
 from mal_kernels.errors import StoreError
 from mal_kernels.store import DirectoryStore, KeyValueStore
+from tests.reliability.echo import Echo, echo_adapter, turn_tokens
+from tests.reliability.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
 
 THREADS = 4  # of a worker
 EVENT_BYTES = 16  # of a line in the log, about

@@ -1,8 +1,8 @@
-"""Bad input by the thousand: ``python -m bench.fuzz --cases 20000``.
+"""Bad input by the thousand: ``python -m tests.reliability.fuzz --cases 20000``.
 
 Every case either works, and then its result is checked, or raises an exception of
 ``mal_kernels.errors``; anything else is a finding. A case is a target and a seed, so that a finding
-can be played again: ``python -m bench.fuzz --target wav --first 123 --cases 1``.
+can be played again: ``python -m tests.reliability.fuzz --target wav --first 123 --cases 1``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ import typer
 from rich.progress import track
 from torch import Tensor
 
-from bench.echo import echo_adapter, turn_tokens
-from bench.soak import play
 from examples.serve_vllm import parse, read_audio
 from mal_kernels import MALAdapter, MALConfig, MALError, MemoryState, ops
 from mal_kernels.demo.audio import load_turn
@@ -40,6 +38,8 @@ from mal_kernels.dialogues.files import UNSIGNED
 from mal_kernels.dialogues.snapshot import EMPTY, pack_dialogues
 from mal_kernels.store import MemoryStore
 from mal_kernels.testing import Inputs, make_inputs
+from tests.reliability.echo import echo_adapter, turn_tokens
+from tests.reliability.soak import play
 
 LIMIT = 10.0  # seconds; a case takes milliseconds
 NUMBERS = (0, -0.0, 1, -1, 2**31, -(2**63), 1e-45, 1e38, math.inf, -math.inf, math.nan, 0.5)

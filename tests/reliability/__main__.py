@@ -1,9 +1,10 @@
-"""What happens when things fail, at length: ``python -m bench.reliability``.
+"""What happens when things fail, at length: ``python -m tests.reliability``.
 
 Parts, each in ``bench/results/reliability.json`` with the versions it ran on: ``soak`` and
-``memory`` (:mod:`bench.soak`), ``load``, ``fuzz``, ``drift``, the distance of a float32 state from
-its float64 twin over 100,000 turns, and ``vllm`` (:mod:`bench.served`), where a ``vllm`` is on the
-PATH. About half an hour on one core; the tests run short versions of all but the last.
+``memory`` (:mod:`tests.reliability.soak`), ``load``, ``fuzz``, ``drift``, the distance of a float32
+state from its float64 twin over 100,000 turns, and ``vllm`` (:mod:`tests.reliability.served`),
+where a ``vllm`` is on the PATH. About half an hour on one core; the tests run short versions of all
+but the last.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench.fuzz import fuzz
-from bench.load import load
-from bench.served import served
-from bench.soak import soak, steady
 from mal_kernels import MemoryState, NeuralMemory, __version__
 from mal_kernels.store import DirectoryStore
+from tests.reliability.fuzz import fuzz
+from tests.reliability.load import load
+from tests.reliability.served import served
+from tests.reliability.soak import soak, steady
 
-RESULTS = Path(__file__).parent / "results" / "reliability.json"
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "reliability.json"
 console = Console()
 Report = Callable[[int], object]
 

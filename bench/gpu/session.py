@@ -33,15 +33,15 @@ import torch
 import typer
 from rich.console import Console
 
-from bench.gpu_report import measured, show, targets
-from bench.gpu_steps import OPS
-from bench.measure import ROOT, code_version, version
+from bench.gpu.report import measured, show, targets
+from bench.gpu.steps import OPS
+from bench.interleaved import ROOT, code_version, version
 from mal_kernels._cuda.build import BuildError, find_nvcc
 from mal_kernels.ops._backend import CUDA_OPS, architecture
 
 PYTHON = sys.executable
 PACKAGES = ("torch", "triton", "titans-pytorch", "numpy", "pytest")
-# step of bench.gpu_steps: its limit in seconds, and the ops that it times
+# step of bench.gpu.steps: its limit in seconds, and the ops that it times
 TIMED: dict[str, tuple[int, tuple[str, ...]]] = {
     "ceilings": (40, ()),
     "read_hidden": (40, ("aligned_residual_read",)),
@@ -240,7 +240,7 @@ def outcomes(log: str, backend: str) -> dict[str, Any]:
 
 def sanitize(session: Session, backend: str) -> None:
     """compute-sanitizer over small shapes of every op, all at once; in a dry run without it."""
-    exercise = [PYTHON, "-m", "bench.gpu_steps", "exercise"]
+    exercise = [PYTHON, "-m", "bench.gpu.steps", "exercise"]
     if session.failed >= {(backend, op) for op in OPS[backend]}:
         session.note(f"sanitize_{backend}", "skipped: all its ops failed before")
         return
@@ -278,7 +278,7 @@ def sanitize(session: Session, backend: str) -> None:
 
 
 def timed(session: Session, step: str) -> None:
-    """A step of :mod:`bench.gpu_steps`, for the backends that serve its ops and have not failed."""
+    """A step of :mod:`bench.gpu.steps`, for the backends that serve its ops and have not failed."""
     ops = TIMED[step][1]
     if step == "peer" and importlib.util.find_spec("titans_pytorch") is None:
         session.note(step, "skipped: titans-pytorch is not installed")
@@ -306,7 +306,7 @@ def _measure(
     """How a process with the step ended, and which backends were wrong."""
     found = session.logs / f"{step}.json"
     found.unlink(missing_ok=True)
-    command = [PYTHON, "-m", "bench.gpu_steps", step, str(found), *backends]
+    command = [PYTHON, "-m", "bench.gpu.steps", step, str(found), *backends]
     status = session.run(name, command, TIMED[step][0])
     results = json.loads(found.read_text()) if found.exists() else {}
     found.unlink(missing_ok=True)
@@ -332,7 +332,7 @@ def counters(session: Session) -> None:
     command += ["--launch-count", str(len(hottest))]
     for section in ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis"):
         command += ["--section", section]
-    command += [PYTHON, "-m", "bench.gpu_steps", "hot", str(session.logs / "hot.json")]
+    command += [PYTHON, "-m", "bench.gpu.steps", "hot", str(session.logs / "hot.json")]
     session.run("ncu", command, TOOL_LIMIT)
 
 

@@ -1,10 +1,10 @@
 """The steps of a GPU session that need the device, each in a process of its own.
 
-``python -m bench.gpu_steps STEP OUT BACKEND...`` writes what it finds to the JSON file OUT as it
+``python -m bench.gpu.steps STEP OUT BACKEND...`` writes what it finds to the JSON file OUT as it
 goes, so that a step that is stopped loses only what it had not finished. Before a backend is timed,
 its results are compared with the reference on the kind of inputs that are timed; one that is wrong
-there, or does not serve them, is left out and the results say so. See :mod:`bench.gpu` for what a
-session is made of.
+there, or does not serve them, is left out and the results say so. See :mod:`bench.gpu.session` for
+what a session is made of.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch.nn.functional import normalize
 
 from bench import providers
 from bench.cases import Case
-from bench.gpu_clock import Stopwatch
-from bench.measure import Functions
+from bench.gpu.clock import Stopwatch
+from bench.interleaved import Functions
 from mal_kernels import BackendUnavailable, MemoryState, ops
 from mal_kernels.ops._backend import CUDA_OPS, TRITON_OPS
 from mal_kernels.testing import Inputs, make_inputs
