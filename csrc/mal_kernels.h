@@ -90,7 +90,7 @@ struct mal_memory_call {
 };
 
 // The write of the memory and, with q, its causal read.
-struct mal_memory_update_args {
+struct mal_neural_memory_fwd_args {
   mal_memory_call call;
   mal_state new_weights, new_trace;
   mal_state new_anchor;  // or nulls; left as it is where no row opens its last chunk
@@ -102,12 +102,12 @@ struct mal_memory_update_args {
   float* surprise;  // [B, T, H]
   void* stream;
 };
-MAL_API int mal_memory_update(const mal_memory_update_args*);
+MAL_API int mal_neural_memory_fwd(const mal_neural_memory_fwd_args*);
 
 // What the gradients of the read leave to those of the write. With chunk steps that is tile_weights
 // alone, and of the anchor.
 struct mal_read_gradients {
-  mal_state tile_weights, tile_trace;  // of the state before every tile, as of mal_memory_update
+  mal_state tile_weights, tile_trace;  // of the state before every tile, as of mal_neural_memory_fwd
   mal_state tile_init;                 // what each tile gives to init, likewise
   float* rate;      // [B, T, H], of lr times how much the inner gradient is clipped
   float* momentum;  // [B, T, H]
@@ -120,7 +120,7 @@ struct mal_read_gradients {
 };
 
 // The gradients of the causal read, given what the write left before every tile.
-struct mal_memory_read_bwd_args {
+struct mal_causal_read_bwd_args {
   mal_memory_call call;
   int64_t tiles;  // at least as many as all rows have
   mal_state tile_weights, tile_trace;
@@ -130,11 +130,11 @@ struct mal_memory_read_bwd_args {
   mal_read_gradients to;
   void* stream;
 };
-MAL_API int mal_memory_read_bwd(const mal_memory_read_bwd_args*);
+MAL_API int mal_causal_read_bwd(const mal_causal_read_bwd_args*);
 
 // The gradients of the write, and with those of the read of both; those of what is not given are
 // null.
-struct mal_memory_update_bwd_args {
+struct mal_write_bwd_args {
   mal_memory_call call;  // without q
   mal_state tile_weights, tile_trace;  // what the write left there
   const int64_t* first_tile;
@@ -152,11 +152,11 @@ struct mal_memory_update_bwd_args {
   mal_state d_init;  // is added to
   void* stream;
 };
-MAL_API int mal_memory_update_bwd(const mal_memory_update_bwd_args*);
+MAL_API int mal_write_bwd(const mal_write_bwd_args*);
 
 // The read of audio tokens into the host's hidden states, in place: see
 // ops/aligned_residual_read.py. For at most 128 features a head; D and width are multiples of 8.
-struct mal_aligned_read_args {
+struct mal_aligned_residual_read_args {
   int64_t dtype;        // of hidden: MAL_FLOAT16 or MAL_BFLOAT16
   int64_t param_dtype;  // of norm and the matrices: MAL_FLOAT32 or that of hidden
   int64_t tokens, width, H, D, E;
@@ -176,4 +176,4 @@ struct mal_aligned_read_args {
   void* a;         // scratch: [tokens, H D] of dtype
   void* stream;
 };
-MAL_API int mal_aligned_read(const mal_aligned_read_args*);
+MAL_API int mal_aligned_residual_read(const mal_aligned_residual_read_args*);

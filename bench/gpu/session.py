@@ -62,7 +62,7 @@ PARITY_LIMIT, TOOL_LIMIT, BUILD_LIMIT = 240, 75, 180
 # what stands for ops in the names of their tests; memory_update is neural_memory without queries
 NAMES = {
     "neural_memory": {"memory_update"},
-    "test_cuda_backward": {"memory_update", "neural_memory"},
+    "test_cuda_neural_memory_bwd": {"memory_update", "neural_memory"},
     "aligned_read": {"aligned_residual_read"},
 }
 TOOLS = ("memcheck", "racecheck", "synccheck")

@@ -1,4 +1,4 @@
-"""The read of a turn: launcher of ``csrc/aligned_read.cu``.
+"""The read of a turn: launcher of ``csrc/aligned_residual_read.cu``.
 
 Computes :func:`mal_kernels.reference.aligned_residual_read` in one launch.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import library
 from .neural_memory import ACTIVATIONS, state_fields
 
-# as in csrc/aligned_read.h
+# as in csrc/aligned_residual_read.h
 ROWS, COLUMNS, DEPTH = 64, 64, 64
 SPLITS = 16
 
@@ -42,7 +42,7 @@ def aligned_fwd(
     blocks = multiprocessors(hidden.device)
     splits = parts(-(-tokens // ROWS) * 2 * -(-heads * dim // COLUMNS), -(-width // DEPTH), blocks)
     library.launch(
-        "mal_aligned_read",
+        "mal_aligned_residual_read",
         hidden.device,
         dtype=library.DTYPES[hidden.dtype],
         param_dtype=library.DTYPES[norm.dtype],

@@ -1,4 +1,4 @@
-"""The write and the causal read: launcher of ``csrc/memory_update.cu``."""
+"""The write and the causal read: launcher of ``csrc/neural_memory_fwd.cu``."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def memory_fwd(
     surprise = k.new_empty(call.lr.shape, dtype=torch.float32)
     output = k.new_empty(0 if call.q is None else call.q.shape)
     library.launch(
-        "mal_memory_update",
+        "mal_neural_memory_fwd",
         k.device,
         **call.fields(),
         **state_fields("new_weights", new_weights, norm),

@@ -1,6 +1,6 @@
 """Backward of the write and of the causal read.
 
-Launcher of ``csrc/memory_read_bwd.cu`` and ``csrc/memory_update_bwd.cu``.
+Launcher of ``csrc/causal_read_bwd.cu`` and ``csrc/write_bwd.cu``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import library
 from .neural_memory import Call, Fields, memory_fwd, state_fields
 
-TILE = 64  # tokens, kTokens of csrc/memory_update.h
+TILE = 64  # tokens, kTokens of csrc/neural_memory.h
 
 
 class Tiles(NamedTuple):
@@ -54,7 +54,7 @@ def read_bwd(d_output: Tensor, call: Call, before: Tiles, to: Fields) -> Tensor:
     """Gradient of the queries; fills what :func:`write_bwd` has to add."""
     d_q = d_output.new_empty(d_output.shape)
     library.launch(
-        "mal_memory_read_bwd",
+        "mal_causal_read_bwd",
         call.k.device,
         **call.fields(),
         tiles=before.slots,
@@ -134,7 +134,7 @@ def write_bwd(
     )
     fields = {name: state_fields(name, x, call.residual_norm) for name, x in states.items()}
     library.launch(
-        "mal_memory_update_bwd",
+        "mal_write_bwd",
         k.device,
         **call.fields(),
         **fields["tile_weights"],

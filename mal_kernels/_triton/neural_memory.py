@@ -28,16 +28,6 @@ import triton
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .backward import (
-    Carried,
-    Gradients,
-    Results,
-    anchor_bwd_kernel,
-    chunk_gates_bwd_kernel,
-    factors_bwd_kernel,
-    state_bwd_kernel,
-    token_gates_bwd_kernel,
-)
 from .causal_read import causal_read_fwd_kernel
 from .causal_read_backward import (
     read_keys_bwd_kernel,
@@ -49,6 +39,16 @@ from .chunks import Rows, States, Static, Tokens
 from .decode import decode_fwd, is_one_token
 from .tiles import dense, meta, power_of_2
 from .write import Factors, factors_fwd_kernel, state_fwd_kernel, write_fwd_kernel
+from .write_backward import (
+    Carried,
+    Gradients,
+    Results,
+    anchor_bwd_kernel,
+    chunk_gates_bwd_kernel,
+    factors_bwd_kernel,
+    state_bwd_kernel,
+    token_gates_bwd_kernel,
+)
 
 WALKED = 128  # tokens of the longest chunk that one program walks
 

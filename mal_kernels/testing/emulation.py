@@ -29,8 +29,8 @@ COMPILER = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-D
 COMPILER += ["-Wno-unknown-pragmas", "-Wno-missing-field-initializers"]
 # what the op calls besides a kernel; linked with it, but not watched
 RUNS_FIRST = {
-    "memory_update_bwd.cu": ["memory_update.cu"],
-    "memory_read_bwd.cu": ["memory_update.cu", "memory_update_bwd.cu"],
+    "write_bwd.cu": ["neural_memory_fwd.cu"],
+    "causal_read_bwd.cu": ["neural_memory_fwd.cu", "write_bwd.cu"],
 }
 # the first report is enough; short histories, as a thread does little between two barriers
 OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1:history_size=2", "ASAN_OPTIONS": "detect_leaks=0"}

@@ -181,16 +181,15 @@ tests/kernels/test_triton_neural_memory.py::test_parity[plain] FAILED           
     assert gpu.outcomes(log, "cuda").keys() == {*_backend.CUDA_OPS}
     wrapper = "tests/kernels/test_cuda_wrappers.py::test_wrapper[mma bf16-compiled] FAILED"
     assert all(count["failed"] for count in gpu.outcomes(wrapper, "cuda").values())
-    backward = (
-        "tests/kernels/test_cuda_backward.py::test_gradients_of_what_is_read[linear-cuda] FAILED"
-    )
+    of_reads = "test_cuda_neural_memory_bwd.py::test_gradients_of_what_is_read[linear-cuda]"
+    backward = f"tests/kernels/{of_reads} FAILED"
     found = gpu.outcomes(backward, "cuda")
     wrong = {op for op, count in found.items() if count["failed"]}
     assert wrong == {"memory_update", "neural_memory"}
 
 
 def test_names_of_kernels():
-    cuda = "void mal::memory::(anonymous namespace)::write<__half, 64>(mal_memory_update_args)"
+    cuda = "void mal::memory::(anonymous namespace)::write<__half, 64>(mal_neural_memory_fwd_args)"
     assert gpu_steps.kernel_name(cuda) == "write"
     assert gpu_steps.kernel_name("write_fwd_kernel") == "write_fwd_kernel"
 

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "aligned_read.h"
-#include "memory_update_bwd.h"
+#include "aligned_residual_read.h"
+#include "write_bwd.h"
 #include "momentum_scan.h"
 #include "swizzle.h"
 

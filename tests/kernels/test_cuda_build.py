@@ -215,8 +215,8 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
 # --- with nvcc ------------------------------------------------------------------------------------
 
 # registers that a thread may have, by kernel, for the GPU that the kernels were written for
-REGISTERS = {"forward": 128, "backward": 168, "aligned_read": 160}
-REGISTERS |= {"memory_forward": 255, "memory_backward": 255, "memory_read_backward": 192}
+REGISTERS = {"forward": 128, "backward": 168, "aligned_residual_read": 160}
+REGISTERS |= {"neural_memory_fwd": 255, "write_bwd": 255, "causal_read_bwd": 192}
 
 
 needs_nvcc = pytest.mark.skipif(
@@ -260,7 +260,7 @@ def test_hopper_multiplies_by_warpgroup(compiled):
     for name, code in codes.items():
         by_warpgroup, by_warp = (len(re.findall(rf"\s{x}\.", code)) for x in ("HGMMA", "HMMA"))
         assert by_warpgroup >= 40, name
-        if "Li64E" in name and "memory_read" not in name:  # else W2 has 32 rows
+        if "Li64E" in name and "causal_read" not in name:  # else W2 has 32 rows
             assert by_warp == 0, name
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_aligned_read import cuda, turn
-from test_cuda_backward import gradient_inputs, layer_on, write_on
+from test_cuda_aligned_residual_read import cuda, turn
+from test_cuda_neural_memory_bwd import gradient_inputs, layer_on, write_on
 from test_cuda_ops import called, memory_inputs, scan, scan_tensors, values_and_gradients, written
 
 from mal_kernels import ops
@@ -46,18 +46,20 @@ READ = MEMORY | dict(tokens=70, chunk_size=68)
 SHORT = dict(tokens=9, chunk_size=8, max_grad_norm=0.5)
 CASES = {
     "momentum_scan.cu": lambda: [run_scan(**case) for case in SCANS],
-    "memory_update.cu": lambda: [
+    "neural_memory_fwd.cu": lambda: [
         written(ops.memory_update, memory_inputs(**WRITE), backend="cuda"),
         called(ops.neural_memory, memory_inputs(**READ), backend="cuda"),
     ],
-    "memory_update_bwd.cu": lambda: [
+    "write_bwd.cu": lambda: [
         results(write_on("cpu"), gradient_inputs(**WRITE)),
     ],
-    "memory_read_bwd.cu": lambda: [
+    "causal_read_bwd.cu": lambda: [
         results(layer_on("cpu"), gradient_inputs(**READ | SHORT)),
     ],
     # two blocks; parts of a sum, more slabs than are alive and items than blocks, several states
-    "aligned_read.cu": lambda: [cuda(turn(tokens=17, heads=1, width=392, splits=2), "cpu")],
+    "aligned_residual_read.cu": lambda: [
+        cuda(turn(tokens=17, heads=1, width=392, splits=2), "cpu")
+    ],
 }
 
 
@@ -68,7 +70,7 @@ def test_sanitizers_find_nothing(source, sanitizer, folder, monkeypatch):
     CASES[source]()
 
 
-@pytest.mark.parametrize("source", ["memory_update.cu", "memory_update_bwd.cu"])
+@pytest.mark.parametrize("source", ["neural_memory_fwd.cu", "write_bwd.cu"])
 def test_products_of_a_warp_give_the_same_bits(source, folder, monkeypatch):
     # without wgmma; here both sum in the same order
     found = []
@@ -109,77 +111,77 @@ BUGS = {
         "heap-buffer-overflow",
     ),
     "the cluster is not waited for": (
-        "memory_update.cu",
+        "neural_memory_fwd.cu",
         "thread",
         ("    cluster_sync();  // h W2, of every block\n    error(token, count, turn",
          "    block_sync();\n    error(token, count, turn"),
         "data race",
     ),
     "one stage does not wait for another": (
-        "aligned_read.cu",
+        "aligned_residual_read.cu",
         "thread",
         ("    grid_sync();  // z\n", "    __syncthreads();\n"),
         "data race",
     ),
     "a slab is overwritten that is being read": (
-        "aligned_read.cu",
+        "aligned_residual_read.cu",
         "thread",
         ("      __syncthreads();  // the slab is there; the one before has been read\n",
          "      __syncwarp();\n"),
         "data race",
     ),
     "sums of tokens that do not exist are written": (
-        "aligned_read.cu",
+        "aligned_residual_read.cu",
         "address",
         ("if (thread % 4 == 0 && token + thread / 4 < a.tokens)", "if (thread % 4 == 0)"),
         "heap-buffer-overflow",
     ),
     "h W2 is overwritten while others read it": (
-        "memory_update.cu",
+        "neural_memory_fwd.cu",
         "thread",
         ("exchange_norms(turn, a.q)", "exchange_norms(turn, false)"),
         "data race",
     ),
     "dq is written where W1 is still read": (
-        "memory_read_bwd.cu",
+        "causal_read_bwd.cu",
         "thread",
         ("    block_sync();  // the states have been read\n    locate();\n    store_part(d, 1);",
          "    locate();\n    store_part(d, 1);"),
         "data race",
     ),
     "dW2 is overwritten by do while it is read": (
-        "memory_update_bwd.cu",
+        "write_bwd.cu",
         "thread",
         ("    cluster_sync();  // dδ2, of every block; dW2 and dS2 have been read\n", ""),
         "data race",
     ),
     "a copy is not waited for": (
-        "memory_update.cu",
+        "neural_memory_fwd.cu",
         "thread",
         ("      block_sync();  // all of this tile is there; the last one is over\n", ""),
         "gives wgmma what has not passed fence_proxy_async and a barrier",
     ),
     "a copy is not waited for, without wgmma": (
-        "memory_update.cu",
+        "neural_memory_fwd.cu",
         "thread",
         ("      block_sync();  // all of this tile is there; the last one is over\n", ""),
         "data race",
         "-DMAL_MMA_SYNC",
     ),
     "a barrier without a fence": (
-        "memory_update.cu",
+        "neural_memory_fwd.cu",
         "address",
         ("    block_sync();  // h\n    project(turn);", "    __syncthreads();\n    project(turn);"),
         "gives wgmma what has not passed fence_proxy_async and a barrier",
     ),
     "weights are overwritten that are being read": (
-        "memory_update.cu",
+        "neural_memory_fwd.cu",
         "thread",
         ("    block_sync();  // the scores; W and S have been read\n", ""),
         "data race",
     ),
     "a product is not waited for": (
-        "memory_update.cu",
+        "neural_memory_fwd.cu",
         "address",
         ("    finish(w1, s1, w2, s2);\n", ""),
         "ends with products that it has not waited for",
@@ -207,13 +209,13 @@ def test_shared_memory_starts_as_nan(folder, monkeypatch):
 
 LAYOUT_BUGS = {
     "as it is": None,
-    "warps": ("memory_update.h", "16 * (warp % groups)", "16 * (warp / groups)"),
+    "warps": ("neural_memory.h", "16 * (warp % groups)", "16 * (warp / groups)"),
     "ldmatrix": (
-        "memory_update.h",
+        "neural_memory.h",
         "Place{lane % 16, 8 * (lane / 16)}",
         "Place{lane % 8, 8 * (lane / 8)}",
     ),
-    "padding": ("memory_update.h", "kPad = 8", "kPad = 0"),
+    "padding": ("neural_memory.h", "kPad = 8", "kPad = 0"),
     "swizzle": ("swizzle.h", "column ^ 8 * (row * kPart / 64 % (kPart / 8))", "column"),
     "swizzle of 64 bytes": ("swizzle.h", "(row * kPart / 64 % (kPart / 8))", "(row % (kPart / 8))"),
     "parts of a tile": ("swizzle.h", "column / kPart * kRows + row", "column / kPart * 64 + row"),
@@ -229,14 +231,18 @@ LAYOUT_BUGS = {
         "straight(row, column) / 8",
         "straight(row, column % 32) / 8",
     ),
-    "half a warp": ("memory_update.h", "(blocks < kWarps ? blocks : kWarps)", "blocks"),
+    "half a warp": ("neural_memory.h", "(blocks < kWarps ? blocks : kWarps)", "blocks"),
     "tiles from behind": (
-        "memory_update_bwd.h",
+        "write_bwd.h",
         "(start + end - 1) / chunk",
         "(start + end) / chunk",
     ),
-    "parts of a sum": ("aligned_read.h", "slabs * split / splits", "slabs / splits * split"),
-    "shares of a head": ("aligned_read.h", "i / 4 * kSharing", "i / 4 * kTokens / 2"),
+    "parts of a sum": (
+        "aligned_residual_read.h",
+        "slabs * split / splits",
+        "slabs / splits * split",
+    ),
+    "shares of a head": ("aligned_residual_read.h", "i / 4 * kSharing", "i / 4 * kTokens / 2"),
 }
 
 

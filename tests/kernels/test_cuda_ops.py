@@ -18,7 +18,7 @@ def every_case_and_dtype(cases, dtypes, few):
     return [(case, dtypes[0]) for case in cases] + [(c, d) for d in dtypes[1:] for c in few]
 
 
-device = devices("momentum_scan.cu", "memory_update.cu")
+device = devices("momentum_scan.cu", "neural_memory_fwd.cu")
 
 
 def values_and_gradients(function, tensors):

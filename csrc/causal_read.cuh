@@ -8,7 +8,7 @@
 // where W and S are those before the tile and β, f, w stand for every token. Each block has its
 // hidden units of hq, and the part of y that comes from them.
 #pragma once
-#include "tiles.cuh"
+#include "block.cuh"
 
 namespace mal::memory {
 

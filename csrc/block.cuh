@@ -1,49 +1,20 @@
-// What the kernels of a memory of one or two layers share: the tools of a block that holds some
-// hidden units and walks tiles of tokens, and the factors of a tile's gradient.
+// A thread block at work on a memory of one or two layers: it holds some hidden units, walks tiles of
+// tokens and computes the factors of a tile's gradient.
 //
 //     z = K W1, h = act(z), e = h W2 - V, δ2 = 2 e (through LayerNorm), δ1 = (δ2 W2ᵀ) ⊙ act'(z)
 //
 // with W the anchor. Columns and tokens that do not exist are zeros throughout: each activation
 // keeps them so.
 #pragma once
+#include "activation.cuh"
 #include "device.cuh"
-#include "memory_update.h"
-#include "swizzle.h"
+#include "mma.cuh"
+#include "neural_memory.h"
+#include "tile.cuh"
 
 namespace mal::memory {
 
 constexpr float kLayerNormEpsilon = 1e-5f;
-
-// kRows_ x kColumns_ numbers in shared memory: what ldmatrix and wgmma take.
-template <class T, int kRows_, int kColumns_>
-struct alignas(Swizzle<kRows_, kColumns_>::kPattern) Tile {
-  using Number = T;
-  static constexpr int kRows = kRows_, kColumns = kColumns_;
-  using Layout = Swizzle<kRows, kColumns>;
-
-  template <class Numbers>
-  struct Row {
-    Numbers& numbers;
-    int row;
-    MAL_DEVICE auto& operator[](int column) const { return numbers[Layout::at(row, column)]; }
-  };
-  using Numbers = T[kRows * kColumns];
-  Numbers numbers;
-  MAL_DEVICE Row<Numbers> operator[](int row) { return {numbers, row}; }
-  MAL_DEVICE Row<const Numbers> operator[](int row) const { return {numbers, row}; }
-
-  // Of an operand of wgmma that begins there.
-  MAL_DEVICE uint64_t descriptor(int row, int column) const {
-    return Layout::descriptor(shared_address(numbers), row, column);
-  }
-};
-
-// `memory`, whose numbers are not needed any more, as something else; it must be aligned for that.
-template <class As, class From>
-MAL_DEVICE As& in_place_of(From& memory) {
-  static_assert(sizeof(As) <= sizeof(From), "does not fit");
-  return reinterpret_cast<As&>(memory);
-}
 
 template <class T, int kD>
 struct Factors {
@@ -70,151 +41,6 @@ struct Factors {
   float beta, f, epsilon;              // after the tile's last token
   float gain[3][kD];                   // γ: of W, of S, of the anchor
 };
-
-// act(z) and act'(z)
-MAL_DEVICE void activate(int64_t activation, const float z, float& value, float& slope) {
-  if (activation == 0) {
-    float cdf = 0.5f * (1 + erff(z * 0.70710678f));
-    value = z * cdf;
-    slope = cdf + z * 0.39894228f * expf(-0.5f * z * z);
-  } else if (activation == 1) {
-    float inner = 0.79788456f * z * (1 + 0.044715f * z * z);
-    float t = tanhf(inner);
-    value = 0.5f * z * (1 + t);
-    slope = 0.5f * (1 + t) + 0.5f * z * (1 - t * t) * 0.79788456f * (1 + 0.134145f * z * z);
-  } else if (activation == 2) {
-    float s = 1 / (1 + expf(-z));
-    value = z * s;
-    slope = s * (1 + z * (1 - s));
-  } else {
-    value = z > 0 ? z : 0;
-    slope = z > 0 ? 1 : 0;
-  }
-}
-
-// act''(z)
-MAL_DEVICE float curvature(int64_t activation, const float z) {
-  if (activation == 0) return 0.39894228f * expf(-0.5f * z * z) * (2 - z * z);
-  if (activation == 1) {
-    float t = tanhf(0.79788456f * z * (1 + 0.044715f * z * z));
-    float inner = 0.79788456f * (1 + 0.134145f * z * z);  // its argument's derivative
-    return (1 - t * t) * (inner + z * (0.10703223f * z - t * inner * inner));
-  }
-  if (activation == 2) {
-    float s = 1 / (1 + expf(-z));
-    return s * (1 - s) * (2 + z * (1 - 2 * s));
-  }
-  return 0;
-}
-
-// Fragments of operands in shared memory.
-template <class AnyTile>
-MAL_DEVICE void load(uint32_t (&r)[4], const AnyTile& tile, int row, int column, bool straight,
-                     bool transposed) {
-  Place p = matrix_row_of(threadIdx.x % 32, straight);
-  const void* from = &tile[row + p.row][column + p.column];
-  if (transposed)
-    load_matrices_transposed(r, from);
-  else
-    load_matrices(r, from);
-}
-
-template <int kDepth, bool kTransposed, int kCount, class A, class B>
-MAL_DEVICE void multiply_by_warp(float (&sum)[kCount][4], const A& a, int row, const B& b,
-                                 int column) {
-  using T = typename A::Number;
-#pragma unroll 2
-  for (int k = 0; k < kDepth; k += 16) {
-    uint32_t fa[4];
-    load(fa, a, row, k, true, false);
-#pragma unroll
-    for (int n = 0; n < kCount; n += 2) {
-      uint32_t fb[4];
-      if (kTransposed)
-        load(fb, b, column + 8 * n, k, false, false);
-      else
-        load(fb, b, k, column + 8 * n, true, true);
-      mma(sum[n], fa, {fb[0], fb[1]}, T());
-      mma(sum[n + 1], fa, {fb[2], fb[3]}, T());
-    }
-  }
-}
-
-template <int kDepth, bool kTransposed, int kCount, class A, class B>
-MAL_DEVICE void multiply_by_warpgroup(float (&sum)[kCount][4], const A& a, const B& b,
-                                      int column) {
-  static_assert(A::kRows == 64, "a warpgroup takes 64 rows");
-  constexpr Major kMajor = kTransposed ? kMajorK : kMajorMN;
-  wgmma_fence(sum);
-#pragma unroll
-  for (int k = 0; k < kDepth; k += 16)
-    wgmma<kMajorK, kMajor>(sum, a.descriptor(0, k),
-                           kTransposed ? b.descriptor(column, k) : b.descriptor(k, column),
-                           typename A::Number());
-  wgmma_commit();
-}
-
-// Starts sum[16, 8 kCount] += a[row.., :] b[:, column..]; b is stored [k][n], or [n][k] if
-// kTransposed. The four warps of a warpgroup take the rows of a tile of tokens, and the
-// same columns.
-template <int kDepth, bool kTransposed, int kCount, class A, class B>
-MAL_DEVICE void start_multiply(float (&sum)[kCount][4], const A& a, int row, const B& b,
-                               int column) {
-  if constexpr (kHasWgmma)
-    multiply_by_warpgroup<kDepth, kTransposed>(sum, a, b, column);
-  else
-    multiply_by_warp<kDepth, kTransposed>(sum, a, row, b, column);
-}
-
-// Waits for all products that have been started: those to `sum`.
-template <int... kCounts>
-MAL_DEVICE void finish(float (&... sum)[kCounts][4]) {
-  if constexpr (kHasWgmma) wgmma_wait<0>(sum...);
-}
-
-template <int kDepth, bool kTransposed, int kCount, class A, class B>
-MAL_DEVICE void multiply(float (&sum)[kCount][4], const A& a, int row, const B& b, int column) {
-  start_multiply<kDepth, kTransposed>(sum, a, row, b, column);
-  finish(sum);
-}
-
-// Whether a warpgroup takes 64 of the rows of xᵀ.
-template <class X>
-constexpr bool kTakesColumns = kHasWgmma && X::kColumns % 64 == 0;
-
-// Starts sum[16, 8 kCount] += xᵀ y, from row and column `part` on, over the tokens of both.
-template <int kCount, class X, class Y>
-MAL_DEVICE void start_multiply_transposed(float (&sum)[kCount][4], const X& x, const Y& y,
-                                          Place part) {
-  using T = typename X::Number;
-  if constexpr (kTakesColumns<X>) {
-    wgmma_fence(sum);
-#pragma unroll
-    for (int t = 0; t < kTokens; t += 16)
-      wgmma<kMajorMN, kMajorMN>(sum, x.descriptor(t, part.row / 64 * 64),
-                                y.descriptor(t, part.column), T());
-    wgmma_commit();
-  } else {
-#pragma unroll 1
-    for (int t = 0; t < kTokens; t += 16) {
-      uint32_t fx[4];
-      load(fx, x, t, part.row, false, true);
-#pragma unroll
-      for (int n = 0; n < kCount; n += 2) {
-        uint32_t fy[4];
-        load(fy, y, t, part.column + 8 * n, true, true);
-        mma(sum[n], fx, {fy[0], fy[1]}, T());
-        mma(sum[n + 1], fx, {fy[2], fy[3]}, T());
-      }
-    }
-  }
-}
-
-template <int kCount, class X, class Y>
-MAL_DEVICE void multiply_transposed(float (&sum)[kCount][4], const X& x, const Y& y, Place part) {
-  start_multiply_transposed(sum, x, y, part);
-  finish(sum);
-}
 
 // Two 16-bit numbers times one factor each, rounded once.
 template <class T>

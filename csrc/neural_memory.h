@@ -1,4 +1,4 @@
-// Which thread holds what in memory_update.cu, and what it loads; for host and device.
+// Which thread holds what in neural_memory_fwd.cu, and what it loads; for host and device.
 #pragma once
 #include "layout.h"
 

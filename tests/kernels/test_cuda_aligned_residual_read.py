@@ -16,7 +16,7 @@ from mal_kernels._cuda import aligned_residual_read as launcher
 from mal_kernels.testing import assert_within_budget, low_precision
 from mal_kernels.testing.emulation import devices
 
-device = devices("aligned_read.cu")
+device = devices("aligned_residual_read.cu")
 
 TURNS = {
     "gelu": dict(),

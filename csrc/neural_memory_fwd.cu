@@ -9,10 +9,10 @@
 //
 //     W ← β W + f S + (1 - β) W_init - (w ⊙ X)ᵀ δ        S ← ε S - (E ⊙ X)ᵀ δ        per layer
 //
-// with the factors X and δ of tiles.cuh and the coefficients of mal_kernels/reference.py for the
+// with the factors X and δ of block.cuh and the coefficients of mal_kernels/reference.py for the
 // tile's last token. A tile ends where its chunk ends; with chunk steps only the first tile of a
 // chunk has momentum and decay.
-#include "read.cuh"
+#include "causal_read.cuh"
 
 namespace mal::memory {
 namespace {
@@ -26,9 +26,9 @@ struct Memory : Read<Reading<T, kD>> {
   using Base::first_layer, Base::last_layer, Base::find_factors, Base::find_coefficients;
   using Base::read, Base::store_output, Base::w1, Base::s1, Base::w2, Base::s2;
 
-  const mal_memory_update_args& to;
+  const mal_neural_memory_fwd_args& to;
 
-  MAL_DEVICE explicit Memory(const mal_memory_update_args& arguments)
+  MAL_DEVICE explicit Memory(const mal_neural_memory_fwd_args& arguments)
       : Base(arguments.call), to(arguments) {}
 
   // --- the write -------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ struct Memory : Read<Reading<T, kD>> {
 };
 
 template <class T, int kD>
-MAL_KERNEL(kThreads, 1) memory_forward(mal_memory_update_args a) {
+MAL_KERNEL(kThreads, 1) neural_memory_fwd(mal_neural_memory_fwd_args a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // never launched on a GPU without clusters
   Memory<T, kD>(a).walk();
 #endif
@@ -146,10 +146,10 @@ MAL_KERNEL(kThreads, 1) memory_forward(mal_memory_update_args a) {
 }  // namespace
 }  // namespace mal::memory
 
-MAL_API int mal_memory_update(const mal_memory_update_args* a) {
+MAL_API int mal_neural_memory_fwd(const mal_neural_memory_fwd_args* a) {
   using namespace mal::memory;
   return for_type_of(a->call, [&]<class T, int kD>() {
-    return launch_clusters<Reading<T, kD>>(memory_forward<T, kD>, a->call, a->call.rows, a->stream,
+    return launch_clusters<Reading<T, kD>>(neural_memory_fwd<T, kD>, a->call, a->call.rows, a->stream,
                                            *a);
   });
 }

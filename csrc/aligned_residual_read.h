@@ -1,8 +1,8 @@
-// Who computes what in aligned_read.cu; for host and device.
+// Who computes what in aligned_residual_read.cu; for host and device.
 #pragma once
 #include <stdint.h>
 
-#include "memory_update.h"
+#include "neural_memory.h"
 
 namespace mal::aligned {
 

@@ -13,7 +13,7 @@ from mal_kernels.reference import NeuralMemoryOutput
 from mal_kernels.testing import assert_all_within_budget, low_precision, results
 from mal_kernels.testing.emulation import devices
 
-device = devices("memory_update.cu", "memory_read_bwd.cu", "memory_update_bwd.cu")
+device = devices("neural_memory_fwd.cu", "causal_read_bwd.cu", "write_bwd.cu")
 
 
 def on(device, x):

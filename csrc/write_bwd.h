@@ -1,6 +1,6 @@
-// The tiles of a row as memory_update.cu walks them, from the last to the first; for host and device.
+// The tiles of a row as neural_memory_fwd.cu walks them, from the last to the first; for host and device.
 #pragma once
-#include "memory_update.h"
+#include "neural_memory.h"
 
 namespace mal::memory {
 

@@ -1,4 +1,4 @@
-// The gradients of memory_update.cu, tile after tile from a row's last to its first.
+// The gradients of neural_memory_fwd.cu, tile after tile from a row's last to its first.
 //
 // The cluster, its slices of the hidden units and the layouts are those of the forward. What stays
 // in registers, in float32, are the gradients of W and S behind the tile (dW and dS, as w1, s1, w2,
@@ -20,13 +20,13 @@
 //   anchor      dA1 += Kᵀ dz, dA2 += duᵀ δ2 + hᵀ do
 //   state       dS ← ε dS + f dW, dW ← β dW;  dW_init += (1 - β) dW
 //
-// Where tokens have read, memory_read_bwd.cu has run before: what it has left of dδ, of dx (k or h),
+// Where tokens have read, causal_read_bwd.cu has run before: what it has left of dδ, of dx (k or h),
 // of dρ, of the gates and of the states is added to these.
 //
 // Sums over the hidden units are sums over the blocks: of o, of the scalars of a token, of dδ2 and
 // of dK, four times a tile.
-#include "memory_update_bwd.h"
-#include "tiles.cuh"
+#include "write_bwd.h"
+#include "block.cuh"
 
 namespace mal::memory {
 namespace {
@@ -88,13 +88,13 @@ struct Backward : Tiles<Shared<T, kD>> {
   using Base::feature_of, Base::error_of, Base::sum_parts, Base::normalise, Base::clips;
   using Base::store_sums, Base::locate;
 
-  const mal_memory_update_bwd_args& to;
+  const mal_write_bwd_args& to;
   float (&part)[kTokens][kD + 4] = s.part[0];
   float (&own)[kTokens][kD + 4] = s.part[1];  // each number its thread's own
   Tokens& d_output = in_place_of<Tokens>(s.last);
   float a1[kOfW1][4], a2[kOfW2][4];  // dA
 
-  MAL_DEVICE explicit Backward(const mal_memory_update_bwd_args& arguments)
+  MAL_DEVICE explicit Backward(const mal_write_bwd_args& arguments)
       : Base(arguments.call), to(arguments) {}
 
   MAL_DEVICE bool wants_gates() const { return to.d_momentum || to.d_decay; }
@@ -735,7 +735,7 @@ struct Backward : Tiles<Shared<T, kD>> {
 };
 
 template <class T, int kD>
-MAL_KERNEL(kThreads, 1) memory_backward(mal_memory_update_bwd_args a) {
+MAL_KERNEL(kThreads, 1) write_bwd(mal_write_bwd_args a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // never launched on a GPU without clusters
   Backward<T, kD>(a).walk();
 #endif
@@ -744,10 +744,10 @@ MAL_KERNEL(kThreads, 1) memory_backward(mal_memory_update_bwd_args a) {
 }  // namespace
 }  // namespace mal::memory
 
-MAL_API int mal_memory_update_bwd(const mal_memory_update_bwd_args* a) {
+MAL_API int mal_write_bwd(const mal_write_bwd_args* a) {
   using namespace mal::memory;
   return for_type_of(a->call, [&]<class T, int kD>() {
-    return launch_clusters<Shared<T, kD>>(memory_backward<T, kD>, a->call, a->call.rows, a->stream,
+    return launch_clusters<Shared<T, kD>>(write_bwd<T, kD>, a->call, a->call.rows, a->stream,
                                           *a);
   });
 }

@@ -21,9 +21,9 @@
 //     a block, go to registers directly.
 // No clusters, and no more shared memory than any GPU since sm_80 has: one source serves all. None
 // of this has been measured: what it rests on is counted above.
-#include "aligned_read.h"
+#include "aligned_residual_read.h"
 
-#include "tiles.cuh"
+#include "block.cuh"
 
 namespace mal::aligned {
 namespace {
@@ -66,14 +66,14 @@ struct Read {
   static constexpr int kShare = kFeatures / kSharing;
   static constexpr int kOfUnits = kUnits / 8 / kWarps, kOfFeatures = kFeatures / 8 / kWarps;
 
-  const mal_aligned_read_args& a;
+  const mal_aligned_residual_read_args& a;
   Shared<T, P>& s = *mal::shared<Shared<T, P>>();
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int dim = a.D, hidden = a.E, inner = a.H * a.D, splits = a.splits;
   const int tiles = tiles_of(a.tokens, kRows), groups = tiles_of(a.tokens, kTokens);
   const Stages stages = stages_of(a.tokens, a.width, a.H, a.D, a.splits);
 
-  MAL_DEVICE explicit Read(const mal_aligned_read_args& arguments) : a(arguments) {}
+  MAL_DEVICE explicit Read(const mal_aligned_residual_read_args& arguments) : a(arguments) {}
 
   MAL_DEVICE void run() {
     const int block = blockIdx.x, blocks = gridDim.x;
@@ -511,25 +511,25 @@ struct Read {
 };
 
 template <class T, class P>
-MAL_KERNEL(kThreads, 1) aligned_read(mal_aligned_read_args a) {
+MAL_KERNEL(kThreads, 1) aligned_residual_read(mal_aligned_residual_read_args a) {
   Read<T, P>(a).run();
 }
 
 template <class T, class P>
-int start(const mal_aligned_read_args& a) {
+int start(const mal_aligned_residual_read_args& a) {
   static_assert(sizeof(Shared<T, P>) <= 99 * 1024, "more than a block may have on sm_86");
   Stages stages = stages_of(a.tokens, a.width, a.H, a.D, a.splits);
   int64_t most = max(max(stages.projections, stages.reads), stages.additions);
   if (max(most, a.tokens) > INT32_MAX) return kInvalidArgument;
   auto blocks = static_cast<unsigned>(min(most, a.blocks));
-  return launch_together(aligned_read<T, P>, blocks, {kThreads, 1, 1}, sizeof(Shared<T, P>),
+  return launch_together(aligned_residual_read<T, P>, blocks, {kThreads, 1, 1}, sizeof(Shared<T, P>),
                          a.stream, a);
 }
 
 }  // namespace
 }  // namespace mal::aligned
 
-MAL_API int mal_aligned_read(const mal_aligned_read_args* a) {
+MAL_API int mal_aligned_residual_read(const mal_aligned_residual_read_args* a) {
   using namespace mal::aligned;
   if (a->D % 8 || a->D > kFeatures || a->width % 8) return mal::kInvalidArgument;
   if (a->splits < 1 || a->splits > kSplits) return mal::kInvalidArgument;

@@ -1,4 +1,4 @@
-// The gradients of the causal read of memory_update.cu, of all tiles at once.
+// The gradients of the causal read of neural_memory_fwd.cu, of all tiles at once.
 //
 // Given W and S before a tile, which the forward has left in global memory, a tile's read depends
 // on nothing of the other tiles. A cluster takes a tile of a row's head, in the layouts of the
@@ -23,13 +23,13 @@
 //                dη_t += De E_t-1,s
 //
 // The gradients of δ, of y = k or h, of ρ and of the gates go through global memory to
-// memory_update_bwd.cu, which adds them to those of the write; so do those of the state before the
+// write_bwd.cu, which adds them to those of the write; so do those of the state before the
 // tile. With chunk steps tokens read M(q) at the anchor: β = 1, f = c = 0, and dW is the anchor's.
 //
 // Sums over the hidden units, and so over the blocks: h W2 and the norms of its gradient, as in the
 // forward; hq W2 where LayerNorm follows; dδ2; dk and dq; and the sums of each token.
-#include "memory_update_bwd.h"
-#include "read.cuh"
+#include "write_bwd.h"
+#include "causal_read.cuh"
 
 namespace mal::memory {
 namespace {
@@ -114,7 +114,7 @@ struct ReadBackward : Read<Shared<T, kD>> {
   using First = Tile<T, kD, kHidden>;
   using Last = Tile<T, kHidden, kD>;
 
-  const mal_memory_read_bwd_args& from;
+  const mal_causal_read_bwd_args& from;
   const mal_read_gradients& to;
   const int64_t slot;  // of the tile
   const TileOfRow tile;
@@ -128,7 +128,7 @@ struct ReadBackward : Read<Shared<T, kD>> {
   float dc[kScores][4] = {};
   float dots[kDots][2] = {};  // of this thread's two tokens
 
-  MAL_DEVICE ReadBackward(const mal_memory_read_bwd_args& arguments, int64_t slot, int row)
+  MAL_DEVICE ReadBackward(const mal_causal_read_bwd_args& arguments, int64_t slot, int row)
       : Base(arguments.call, row),
         from(arguments),
         to(arguments.to),
@@ -679,7 +679,7 @@ struct ReadBackward : Read<Shared<T, kD>> {
 };
 
 // The row of a tile: the last one whose first tile is not behind it.
-MAL_DEVICE int row_of(int64_t slot, const mal_memory_read_bwd_args& a) {
+MAL_DEVICE int row_of(int64_t slot, const mal_causal_read_bwd_args& a) {
   int row = 0;
   for (int behind = a.call.rows; behind - row > 1;) {
     int middle = (row + behind) / 2;
@@ -691,7 +691,7 @@ MAL_DEVICE int row_of(int64_t slot, const mal_memory_read_bwd_args& a) {
   return row;
 }
 
-MAL_DEVICE bool exists(int64_t slot, int row, const mal_memory_read_bwd_args& a) {
+MAL_DEVICE bool exists(int64_t slot, int row, const mal_causal_read_bwd_args& a) {
   const int64_t* bounds = a.call.cu_seqlens;
   int length = bounds ? bounds[row + 1] - bounds[row] : a.call.T;
   int start = a.call.position ? a.call.position[row] : 0;
@@ -699,7 +699,7 @@ MAL_DEVICE bool exists(int64_t slot, int row, const mal_memory_read_bwd_args& a)
 }
 
 template <class T, int kD>
-MAL_KERNEL(kThreads, 1) memory_read_backward(mal_memory_read_bwd_args a) {
+MAL_KERNEL(kThreads, 1) causal_read_bwd(mal_causal_read_bwd_args a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // never launched on a GPU without clusters
   for (int64_t slot = blockIdx.z; slot < a.tiles; slot += gridDim.z) {
     int row = row_of(slot, a);
@@ -711,11 +711,11 @@ MAL_KERNEL(kThreads, 1) memory_read_backward(mal_memory_read_bwd_args a) {
 }  // namespace
 }  // namespace mal::memory
 
-MAL_API int mal_memory_read_bwd(const mal_memory_read_bwd_args* a) {
+MAL_API int mal_causal_read_bwd(const mal_causal_read_bwd_args* a) {
   using namespace mal::memory;
   const int64_t tiles = a->tiles < 65535 ? a->tiles : 65535;  // as many as a grid may have
   return for_type_of(a->call, [&]<class T, int kD>() {
-    return launch_clusters<Shared<T, kD>>(memory_read_backward<T, kD>, a->call, tiles, a->stream,
+    return launch_clusters<Shared<T, kD>>(causal_read_bwd<T, kD>, a->call, tiles, a->stream,
                                           *a);
   });
 }
