@@ -5,8 +5,8 @@ Run it in two checkouts with the same Triton and nvcc and compare what it prints
     python -m tools.kernel_hashes > after.txt
     PYTHONPATH=../before python tools/kernel_hashes.py > before.txt && diff before.txt after.txt
 
-A line is ``backend kernel example hash``. Hashed are the instructions and constants of a binary,
-not its debug information, which has the names and line numbers of the source. Triton's binaries
+A line is ``triton kernel example hash`` or ``nvcc hash``. Hashed are the instructions and
+constants of a binary, not its debug information, which names source lines. Triton's binaries
 are those of every ``EXAMPLES`` on sm_90, nvcc's those of ``csrc/`` for sm_90a.
 """
 
@@ -57,7 +57,7 @@ def of_triton() -> Iterator[str]:
 
 
 def of_nvcc() -> Iterator[str]:
-    """A line for every function of every file; those of one file are told apart by their code."""
+    """A line for the code and for the constants of every function; names may change in a move."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
 
         def compiled(source: Path) -> bytes:
@@ -70,7 +70,7 @@ def of_nvcc() -> Iterator[str]:
         for cubin in pool.map(compiled, build.sources()):
             for name, content in sections(cubin):
                 if name.startswith(CODE) and content:
-                    yield f"nvcc {name.split('.')[1]} {hashlib.sha256(content).hexdigest()[:20]}"
+                    yield f"nvcc {hashlib.sha256(content).hexdigest()[:20]}"
 
 
 if __name__ == "__main__":
