@@ -1,9 +1,10 @@
 // The C interface of libmal_kernels.so. Neither torch nor Python is seen here: pointers to device
 // memory, sizes and a CUDA stream.
 //
-// A function takes one struct whose fields are all 8 bytes wide, in the order written here (which
-// mal_kernels/_cuda packs by name). It launches, never waits, allocates nothing and keeps nothing.
-// It returns 0, or an error that mal_error() names; shapes have been checked by the caller.
+// A function takes one struct whose fields are all 8 bytes wide, in the order written here, which is
+// that of mal_kernels/_cuda (a test compares the names). It launches, never waits, allocates nothing
+// and keeps nothing. It returns 0, or an error that mal_error() names; shapes have been checked by
+// the caller. `trace` is the momentum S of the memory: the word momentum is the gate η.
 #pragma once
 #include <stdint.h>
 

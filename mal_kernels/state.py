@@ -15,7 +15,8 @@ class MemoryState(NamedTuple):
     Args:
         weights: one tensor per layer, ``[B, H, d_in, d_out]``; with ``residual_norm`` the gain
             ``γ`` ``[B, H, D]`` comes last. float32 (float64 for float64 inputs).
-        momentum: same shapes and dtype as ``weights``.
+        momentum: ``S``, same shapes and dtype as ``weights``; kernels call it ``trace``, because
+            there ``momentum`` is the gate η.
         anchor: the weights ``W̄`` at which the gradients of the unfinished chunk are taken, same
             shapes as ``weights``; ``None`` at a chunk boundary.
         position: ``[B]`` int64, tokens already seen of the unfinished chunk; ``None`` at a chunk
