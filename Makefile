@@ -1,20 +1,35 @@
-# `make demo` and `make test` work in a fresh clone: each first creates $(VENV) and installs into it.
-# The stamp files keep a second call from installing again.
+# Every target works in a fresh clone: it first creates $(VENV) and installs into it. The stamp files keep a second call
+# from installing again. Times are those of two quiet cores.
+#
+#   make demo     see what it does                                          a minute
+#   make check    the loop of a developer: lint, types, the core            under 3 minutes
+#   make test     what a change must pass: check, and all that is not slow   under 15 minutes
+#   make prove    what a release must pass: everything marked slow           nightly in CI
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # A file of tests stays in one process: its fixtures and compiled kernels are made once.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint clean
+# Triton reads TRITON_INTERPRET when a kernel is defined: its tests need a process of their own.
+INTERPRETED := tests/kernels/test_interpreter.py $(wildcard tests/kernels/test_triton_*.py)
+CORE := tests/ops tests/memory tests/dialogues tests/project
+
+.PHONY: demo check test prove lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/mal-kernels demo
 
-# Triton reads TRITON_INTERPRET when a kernel is defined: its tests need a process of their own.
+check: lint
+	$(PYTEST) -m "not slow" $(CORE)
+
 test: lint
-	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/kernels/test_interpreter.py tests/kernels/test_triton_*.py)
+	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(INTERPRETED)
+
+prove: $(VENV)/test.stamp
+	$(PYTEST) -m slow
+	TRITON_INTERPRET=1 $(PYTEST) -m slow $(INTERPRETED)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check

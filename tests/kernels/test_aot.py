@@ -22,6 +22,7 @@ import triton.language as tl
 from mal_kernels._triton import aot
 
 MODULES = aot.kernel_modules()
+OTHERS = [target for target in aot.TARGETS if target != "sm_90"]
 # spill instructions allowed: other versions of Triton allocate registers a little differently
 SPILLS = 0 if triton.__version__.startswith("3.6.") else 64
 
@@ -37,7 +38,9 @@ def reports(name, target):
 
 @pytest.mark.timeout(1200)  # two minutes of work for the largest module
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in OTHERS)]
+)
 def test_compiles(target, name):
     for report in reports(name, target):
         assert report.shared <= aot.SHARED_BYTES[target], report

@@ -231,6 +231,7 @@ def compiled(tmp_path_factory):
     return out, build.build(build.TARGETS, out, ["-Xptxas=-v", *build.GATE])
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_compiles_for_every_target_without_spills(compiled):
     # the gate has failed the build if a kernel spills; this reads what else ptxas says
@@ -243,6 +244,7 @@ def test_compiles_for_every_target_without_spills(compiled):
             assert cost.registers <= REGISTERS[name], cost
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_hopper_multiplies_by_warpgroup(compiled):
     # ptxas neither serialises wgmma nor adds to it
@@ -264,6 +266,7 @@ def test_hopper_multiplies_by_warpgroup(compiled):
             assert by_warp == 0, name
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_library_loads_where_there_is_no_driver(compiled):
     opened = library.opened(compiled[0])

@@ -63,13 +63,21 @@ CASES = {
 }
 
 
+def scan_first(names, source_of):
+    """Only the scan's program is built in seconds; those of the memory are slow."""
+    for name in names:
+        is_scan = source_of(name) == "momentum_scan.cu"
+        yield name if is_scan else pytest.param(name, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-@pytest.mark.parametrize("source", CASES)
+@pytest.mark.parametrize("source", scan_first(CASES, str))
 def test_sanitizers_find_nothing(source, sanitizer, folder, monkeypatch):
     serve(monkeypatch, in_program(program(folder, source, sanitizer)))
     CASES[source]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["neural_memory_fwd.cu", "write_bwd.cu"])
 def test_products_of_a_warp_give_the_same_bits(source, folder, monkeypatch):
     # without wgmma; here both sum in the same order
@@ -189,7 +197,7 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", scan_first(BUGS, lambda bug: BUGS[bug][0]))
 def test_planted_bugs_are_found(bug, folder, monkeypatch):
     source, sanitizer, edit, report, *flags = BUGS[bug]
     serve(monkeypatch, in_program(program(folder, source, sanitizer, *flags, bug=edit)))

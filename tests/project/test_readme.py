@@ -40,7 +40,8 @@ def test_python_blocks_run(tmp_path, monkeypatch):
             assert names["mal"].dialogues.latest("call-17").states.keys() == {None, "A"}
             assert (tmp_path / "my-mal/adapter_model.safetensors").exists()
         else:
-            assert names["y"].isfinite().all() and names["out"].output.isfinite().all()
+            assert names["y"].isfinite().all()
+            assert names["out"].output.isfinite().all()
 
 
 @pytest.mark.parametrize("line", [x for text in blocks("bash") for x in text.splitlines() if x])
