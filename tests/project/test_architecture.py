@@ -16,22 +16,33 @@ import torch
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mal_kernels"
 
-# A module imports only from layers below its own; two modules of one layer do not know each other.
+# A module imports only from layers below its own; two units of one layer do not know each other.
 LAYERS = (
     ("errors",),
-    ("state", "grid", "config"),
-    ("reference", "_triton", "_cuda"),
+    ("state", "config"),
+    ("call", "network"),
+    ("reference", "_torch", "_cpu", "_triton", "_cuda"),
     ("ops",),
     ("memory", "dialogues", "hosts"),
     ("adapter", "store"),
-    ("testing", "__init__"),
-    ("demo", "integrations"),
+    ("__init__",),
+    ("testing", "integrations"),
+    ("demo", "train", "ser", "serve"),
     ("cli", "__main__"),
 )
 LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
+# What a folder beside the package may import of this repository.
+BESIDE = {
+    "bench": {"mal_kernels", "bench"},
+    "examples": {"mal_kernels", "examples"},
+    "tools": {"mal_kernels", "tools"},
+    "tests": {"mal_kernels", "bench", "examples", "tools", "tests"},
+}
+ROOTS = {"mal_kernels", *BESIDE}
 # not even inside a function
 NEVER_IN_CORE = {"transformers", "peft", "matplotlib", "rich", "typer", "soundfile", "soxr"}
-CORE = ("errors", "state", "grid", "config", "reference", "_triton", "_cuda", "ops", "memory")
+CORE = {unit for layer in LAYERS[:6] for unit in layer} - {"hosts"}
+LOOKS_LIKE_A_MODULE = re.compile(rf"^({'|'.join(sorted(ROOTS))})(\.\w+)+\.?$")
 
 
 def unit_of(path: Path) -> str:
@@ -40,7 +51,10 @@ def unit_of(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of every import of a file, inside functions too."""
+    """Line and absolute name of every import of a file, inside functions and strings too.
+
+    A string that is the dotted name of a module is one that ``importlib`` or ``-m`` will import.
+    """
     here = path.relative_to(ROOT).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -48,6 +62,8 @@ def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join([*(here[: -node.level] if node.level else ()), node.module or ""])
             yield from ((node.lineno, f"{base.rstrip('.')}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Constant) and LOOKS_LIKE_A_MODULE.match(str(node.value)):
+            yield node.lineno, str(node.value).rstrip(".")
 
 
 def internal_unit(module: str) -> str | None:
@@ -65,11 +81,26 @@ def test_imports_point_down(path):
     unit = unit_of(path)
     assert unit in LAYER_OF, f"{unit} has no layer: add it to LAYERS where it belongs"
     for line, module in imported_modules(path):
-        target = internal_unit(module)
+        where, target = f"{path.name}:{line}", internal_unit(module)
         if target is not None and target != unit:
-            assert LAYER_OF[target] < LAYER_OF[unit], f"{path.name}:{line}: {unit} imports {module}"
+            assert LAYER_OF[target] < LAYER_OF[unit], f"{where}: {unit} imports {module}"
+            assert target != "reference" or unit == "testing", f"{where}: only testing judges"
+        root = module.split(".")[0]
+        assert root not in BESIDE, f"{where}: the package imports {module}"
         if unit in CORE:
-            assert module.split(".")[0] not in NEVER_IN_CORE, f"{path.name}:{line}: {module}"
+            assert root not in NEVER_IN_CORE, f"{where}: {module}"
+
+
+@pytest.mark.parametrize("folder", BESIDE)
+def test_what_lies_beside_the_package_imports_what_it_may(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for line, module in imported_modules(path):
+            root, *rest = module.split(".")
+            where = f"{path.relative_to(ROOT)}:{line}"
+            assert root not in ROOTS - BESIDE[folder], f"{where}: {folder} imports {module}"
+            if root == "tests":
+                # what two files share is in support; a run at length is the subject of its test
+                assert rest[0] in {"support", "reliability", "ser"}, f"{where}: {module}"
 
 
 def run_python(code: str) -> str:
