@@ -11,6 +11,7 @@ from .errors import (
     CheckpointError,
     HostError,
     MALError,
+    MissingPackage,
     StoreError,
 )
 from .hosts import HostSpec, register_host
@@ -31,6 +32,7 @@ __all__ = [
     "MALConfig",
     "MALError",
     "MemoryState",
+    "MissingPackage",
     "NeuralMemory",
     "StoreError",
     "TurnReport",

@@ -23,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from mal_kernels import __version__, ops
-from mal_kernels.errors import ArgumentError, BackendUnavailable, MALError
+from mal_kernels.errors import ArgumentError, BackendUnavailable, MALError, needs
 from mal_kernels.ops._backend import resolve
 
 # what doctor reports, and how to get it
 PACKAGES = {
     "torch": "see pytorch.org",
-    "transformers": "pip install transformers",
+    "transformers": "pip install 'mal-kernels[hf]'",
     "triton": "comes with torch for Linux and CUDA",
     "soundfile": "pip install 'mal-kernels[audio]'",
     "soxr": "pip install 'mal-kernels[audio]'",
@@ -70,7 +70,7 @@ def demo(
     workers: Annotated[int, typer.Option(min=1, help="Processes that render audio.")] = 2,
 ) -> None:
     """A small Qwen2-Audio hears dialogues with and without memory; nothing is downloaded."""
-    with errors_without_traceback():
+    with errors_without_traceback(), needs("demo", "the demo"):
         from mal_kernels.demo.show import run
         from mal_kernels.demo.train import Recipe
 

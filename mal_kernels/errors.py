@@ -6,6 +6,9 @@ raised before any state changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MALError(Exception):
     """Base of all errors raised by ``mal_kernels``."""
@@ -33,3 +36,32 @@ class StoreError(MALError, RuntimeError):
 
 class AudioFileError(MALError, ValueError):
     """An audio file cannot be read or holds no samples."""
+
+
+class MissingPackage(MALError, ImportError):
+    """A package is not installed that only some of the library needs; the message says how to."""
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """An import that fails within this context raises :class:`MissingPackage` instead.
+
+    Args:
+        extra: of ``mal-kernels``, which installs what is missing.
+        what: cannot work without it, as the subject of a sentence.
+
+    Example:
+        >>> from mal_kernels.errors import needs
+        >>> with needs("hf", "a tiny host"):
+        ...     import no_such_package
+        Traceback (most recent call last):
+            ...
+        mal_kernels.errors.MissingPackage: a tiny host needs no_such_package, which is not ...
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingPackage(
+            f"{what} needs {error.name}, which is not installed; "
+            f"run: pip install 'mal-kernels[{extra}]'"
+        ) from error

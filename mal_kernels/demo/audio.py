@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mal_kernels.demo.synth import CLIP_SAMPLES, SAMPLE_RATE
-from mal_kernels.errors import AudioFileError
+from mal_kernels.errors import AudioFileError, needs
 
 LOUDNESS = 0.05  # root mean square of a synthetic utterance, on average
 
@@ -20,6 +20,7 @@ def load_turn(path: str | Path) -> np.ndarray:
 
     Raises:
         AudioFileError: the file is missing, is not audio, or holds no sound.
+        MissingPackage: soundfile or soxr is not installed.
     """
     wave, rate = _read(Path(path))
     mono = wave.mean(axis=1)
@@ -39,13 +40,9 @@ def load_turn(path: str | Path) -> np.ndarray:
 
 def _read(path: Path) -> tuple[np.ndarray, int]:
     """Samples ``[N, channels]`` and the sample rate."""
-    try:
+    with needs("audio", f"{path}: reading recordings"):
         import soundfile
         import soxr  # noqa: F401  fail before any work, not at the first 44.1 kHz file
-    except ImportError as error:
-        raise AudioFileError(
-            f"{path}: reading recordings needs {error.name}; run: pip install 'mal-kernels[audio]'"
-        ) from error
     if not path.is_file():
         raise AudioFileError(f"{path}: no such file; pass the path of a WAV or FLAC file.")
     try:

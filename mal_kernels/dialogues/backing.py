@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import ArgumentError, StoreError
+from ..errors import ArgumentError, StoreError, needs
 from .files import sync_folder, write_file
 
 
@@ -127,7 +127,7 @@ class DirectoryStore:
 
 
 class RedisStore:
-    """Values in a Redis server, for several processes or machines; needs ``pip install redis``.
+    """Values in a Redis server, for several processes or machines; needs ``mal-kernels[redis]``.
 
     A value outlives the server only as its own settings say (``appendonly yes``).
 
@@ -139,7 +139,8 @@ class RedisStore:
             ``socket_timeout=5`` seconds is an error.
 
     Raises:
-        ArgumentError: redis-py is not installed, or ``url`` or ``ttl`` is not valid.
+        ArgumentError: ``url`` or ``ttl`` is not valid.
+        MissingPackage: redis-py is not installed.
 
     Example:
         >>> from mal_kernels.store import RedisStore
@@ -149,10 +150,8 @@ class RedisStore:
     def __init__(
         self, url: str, *, prefix: str = "mal:", ttl: int | None = None, **options: Any
     ) -> None:
-        try:
+        with needs("redis", "RedisStore"):
             import redis
-        except ImportError as error:
-            raise ArgumentError("RedisStore needs redis-py; run: pip install redis") from error
         if ttl is not None and (type(ttl) is not int or ttl <= 0):
             raise ArgumentError(f"ttl is {ttl!r}; pass whole seconds above 0, or None.")
         self.prefix, self.ttl, self._error = prefix, ttl, redis.RedisError

@@ -25,15 +25,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import register_peft_method
 from torch import nn
 
 from ..adapter import MALAdapter
 from ..config import MALConfig
-from ..errors import ArgumentError
+from ..errors import ArgumentError, needs
+
+with needs("peft", "mal_kernels.integrations.peft"):
+    from peft import PeftConfig, PeftType
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils import register_peft_method
 
 NAME = "MAL"
 

@@ -28,7 +28,8 @@ LAYERS = (
     ("__init__",),
     ("testing", "integrations"),
     ("demo", "train", "ser", "serve"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 # What a folder beside the package may import of this repository.

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, needs
 from ...hosts import Host
 from .audio import NoNoise
 from .recipes import BEGIN, ENCODERS, END, RECIPES, STREAMING, Recipe
@@ -30,13 +30,15 @@ def tiny_host(name: str = "qwen2_audio", *, seed: int = 0, **overrides: Any) -> 
 
     Raises:
         ArgumentError: there is no tiny host of that name, or transformers is too old for it.
+        MissingPackage: transformers is not installed.
 
     Example:
         >>> from mal_kernels.testing import tiny_host
         >>> type(tiny_host("voxtral")).__name__
         'VoxtralForConditionalGeneration'
     """
-    import transformers
+    with needs("hf", "a tiny host"):
+        import transformers
 
     recipes = {**RECIPES, **ENCODERS, **STREAMING}
     if name not in {**recipes, **REPLICAS}:
