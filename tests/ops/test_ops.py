@@ -39,7 +39,8 @@ def test_parity(case, dtype):
 def test_update_is_the_write_of_neural_memory(case):
     *args, options = make_inputs(**CASES[case])
     whole, write = ops.neural_memory(*args, **options), ops.memory_update(*args[1:], **options)
-    assert torch.equal(write.surprise, whole.surprise)
+    # two computations, in float64: rounding is all that may lie between them
+    torch.testing.assert_close(write.surprise, whole.surprise)
     for a, b in zip(write.state.tensors(), whole.state.tensors(), strict=True):
         torch.testing.assert_close(a, b)
 
