@@ -38,8 +38,8 @@ class MALConfig:
         decay_init: initial decay α toward the learned initial memory, in (0, 1).
         max_grad_norm: bound of each token's inner gradient; ``None`` for none.
         zero_start: a memory that nothing was written to reads exactly zero, so that the first turn
-            of a dialogue is the host's bit for bit, also after training: the last layer of the
-            initial memory is zero and is not trained. Not with ``residual_norm``.
+            of a dialogue is the frozen host's bit for bit, also after training: the last layer of
+            the initial memory is zero and is not trained. Not with ``residual_norm``.
         max_state_norm: a turn that would take the Frobenius norm of a head's weights and momentum
             to this bound is not written; ``None`` for none.
         hidden_size: width ``Dm`` of the host; filled in when the adapter is attached.

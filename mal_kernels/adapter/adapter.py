@@ -56,7 +56,9 @@ class MALAdapter(nn.Module):
 
     The adapter is never part of the host: through hooks it reads its memory into the hidden states
     of the audio tokens, and writes each turn once, when the call that heard it has succeeded. Until
-    it is trained the host's output does not change by a bit.
+    it is trained the output of the frozen host does not change by a bit. Freezing can itself move
+    the last digit of a host, since torch folds matrix products another way for weights that require
+    gradients.
 
     Threads and asyncio tasks can share an adapter: each has its own open dialogue and its own turn.
     Whether the host itself can run in several threads at once is for the host to say.
@@ -132,7 +134,8 @@ class MALAdapter(nn.Module):
         Args:
             model: a host known to :func:`register_host`, or a ``PeftModel`` of one.
             freeze: whether to set ``requires_grad=False`` on all parameters of ``model``, until
-                :meth:`detach`. With ``False`` they are left as they are, to train LoRA along.
+                :meth:`detach`. With ``False`` they are left as they are, to train LoRA along, and
+                so is every bit of the output.
 
         Raises:
             HostError: already attached, unknown host, or a site that cannot work in it.
@@ -472,7 +475,7 @@ class MALAdapter(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within this context the host is exactly itself: nothing is read and nothing written."""
+        """Within this context the host, frozen or not, is itself: nothing is read or written."""
         with self._within(enabled=False):
             yield
 

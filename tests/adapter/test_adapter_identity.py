@@ -7,7 +7,7 @@ import torch
 
 from mal_kernels import MALAdapter
 from mal_kernels.errors import HostError
-from mal_kernels.testing import tiny_inputs
+from mal_kernels.testing import tiny_host, tiny_inputs
 from tests.support.adapters import (
     CONFIG,
     DECODING,
@@ -23,6 +23,7 @@ from tests.support.adapters import (
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("decoding", DECODING)
 def test_untrained_and_disabled_adapters_change_no_bit(host, site, decoding):
+    host.requires_grad_(False)  # freezing it is another computation
     options = DECODING[decoding]
     turns = [tiny_inputs(host, [[5], [3]], seed=i) for i in range(2)]
     before = [(generate(host, x, **options), host(**x).logits) for x in turns]
@@ -50,6 +51,7 @@ def test_untrained_and_disabled_adapters_change_no_bit(host, site, decoding):
 def test_a_residual_changes_exactly_the_audio_positions(host, site, side):
     inputs = tiny_inputs(host, [[5, 2], [], [3]], side=side)
     audio = inputs["input_ids"] == host.config.audio_token_id
+    host.requires_grad_(False)
     # hidden states are recorded by hooks that transformers sets up now, before ours
     before = host(**inputs, output_hidden_states=True)
     mal = attached(host, site)
@@ -101,8 +103,14 @@ def test_detach_keeps_a_generate_that_was_the_users_own(host):
     assert host.generate is mine
 
 
-def test_freeze_is_optional(host):
+@pytest.mark.parametrize("name", ["qwen2_audio", "phi4_multimodal"])  # freezing moves a bit of it
+def test_freeze_is_optional(name):
+    host = tiny_host(name)
+    inputs = tiny_inputs(host, [[5], [3]])
+    before = host(**inputs).logits
     mal = MALAdapter(CONFIG).attach(host, freeze=False)
     assert host.lm_head.weight.requires_grad
+    with mal.dialogue(["a", "b"]):
+        assert torch.equal(host(**inputs).logits, before)
     mal.detach()
     assert host.lm_head.weight.requires_grad
