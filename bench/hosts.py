@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench.interleaved import in_pairs, quantiles
 from mal_kernels import MALAdapter
+from mal_kernels.testing import cache_name
 from mal_kernels.testing.hosts.recipes import AUDIO, BEGIN, END, RECIPES
 
 TURN = 112  # audio tokens of 4.5 s, all three hosts
@@ -158,7 +159,7 @@ def sizes(host: Any) -> dict[str, int]:
 
 def _decode(name: str, model: Any, prompt: dict[str, Tensor]) -> Callable[[], None]:
     """One more token after ``prompt``; the cache is as long before each call."""
-    cache = model(**prompt, use_cache=True).past_key_values
+    cache = getattr(model(**prompt, use_cache=True), cache_name(model))
     length = prompt["input_ids"].shape[1]
     arguments = {
         "input_ids": prompt["input_ids"][:, -1:],
@@ -168,7 +169,7 @@ def _decode(name: str, model: Any, prompt: dict[str, Tensor]) -> Callable[[], No
         arguments["position_ids"] = torch.full((3, 1, 1), length)
 
     def step() -> None:
-        model(**arguments, past_key_values=cache, use_cache=True)
+        model(**arguments, **{cache_name(model): cache}, use_cache=True)
         cache.crop(-1)
 
     return step

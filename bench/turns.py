@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.hosts import TEXT, TURN, narrow_host
 from bench.interleaved import in_turns, quantiles, wall_clock_ms
 from mal_kernels import MALAdapter
+from mal_kernels.testing import cache_name
 
 TURN_TOKENS = TURN + TEXT
 NARROWER = {
@@ -90,12 +91,12 @@ def _cache(host: Any, turns: int, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"key-value cache, {turns} earlier turns")
     heads, layers = NARROWER["num_key_value_heads"], NARROWER["num_hidden_layers"]
     past, new = turns * TURN_TOKENS, _turn(host)
-    cache = DynamicCache(config=host.config.text_config)
+    cache, name = DynamicCache(config=host.config.text_config), cache_name(host)
     for layer in range(layers if past else 0):
         cache.update(*torch.randn(2, 1, heads, past, 128), layer)
 
     def call() -> None:
-        host(inputs_embeds=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        host(inputs_embeds=new, **{name: cache}, use_cache=True, logits_to_keep=1)
         cache.crop(-TURN_TOKENS)
 
     ms = in_turns({"call": call}, seconds=0.5)["call"]

@@ -7,7 +7,7 @@
 :mod:`~mal_kernels.testing.emulation` runs the CUDA kernels on threads of the CPU.
 """
 
-from .hosts import tiny_host, tiny_inputs
+from .hosts import cache_name, tiny_host, tiny_inputs
 from .numerics import (
     Inputs,
     assert_all_within_budget,
@@ -23,6 +23,7 @@ __all__ = [
     "assert_all_within_budget",
     "assert_parity",
     "assert_within_budget",
+    "cache_name",
     "low_precision",
     "make_inputs",
     "results",

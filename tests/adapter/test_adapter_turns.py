@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mal_kernels.errors import ArgumentError, HostError
-from mal_kernels.testing import tiny_inputs
+from mal_kernels.testing import cache_name, tiny_inputs
 from tests.support.adapters import (
     DECODING,
     SITES,
@@ -129,10 +129,11 @@ def test_turns_continue_on_the_cache(host):
         host.generate(**first, max_new_tokens=2)
         host.generate(**second, max_new_tokens=2)
     with mal.dialogue("one cache") as dialogue, torch.no_grad():
-        cache = host(**first, use_cache=True).past_key_values
+        name = cache_name(host)
+        cache = getattr(host(**first, use_cache=True), name)
         out = host.generate(
             **{**second, "input_ids": both["input_ids"], "attention_mask": both["attention_mask"]},
-            past_key_values=cache,
+            **{name: cache},
             max_new_tokens=3,
         )
     assert dialogue.turns == [2]

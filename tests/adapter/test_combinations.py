@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mal_kernels import MALAdapter, MALConfig
-from mal_kernels.testing import tiny_host, tiny_inputs
+from mal_kernels.testing import cache_name, tiny_host, tiny_inputs
 
 SITES = ("embeds", 1)
 
@@ -198,7 +198,8 @@ def test_a_dialogue_continues_on_the_cache_of_its_last_answer(host):
         ids = torch.cat([out.sequences, both["input_ids"][:, cut:]], 1)
         second = {k: both[k][1:] for k in ("input_features", "feature_attention_mask")}
         second |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        answer = host.generate(**second, past_key_values=out.past_key_values, max_new_tokens=2)
+        second[cache_name(host)] = getattr(out, cache_name(host))
+        answer = host.generate(**second, max_new_tokens=2)
     assert answer.shape[1] == ids.shape[1] + 2
     assert dialogue.turns == [2]
     assert mal.last_turn.tokens == [3]

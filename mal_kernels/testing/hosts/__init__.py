@@ -6,6 +6,7 @@ They are the real classes of transformers, or replicas of hosts that it does not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -59,6 +60,14 @@ def tiny_host(name: str = "qwen2_audio", *, seed: int = 0, **overrides: Any) -> 
     if name == "vibevoice":
         answers.generation_config.noise_scheduler = NoNoise()
     return host.eval()
+
+
+def cache_name(host: nn.Module) -> str:
+    """What the key-value cache of ``host`` is called, as an argument and in an output.
+
+    transformers 5.24 renamed ``past_key_values`` to ``cache``, and warns about the old name.
+    """
+    return "cache" if "cache" in signature(host.forward).parameters else "past_key_values"
 
 
 def _real_host(recipe: Recipe, overrides: Mapping[str, Any]) -> Any:
