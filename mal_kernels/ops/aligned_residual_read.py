@@ -310,9 +310,10 @@ def _checked(
     check_fields(state)
     first = state.weights[0] if state.weights else None
     expect(first is not None and first.ndim == 4, "state.weights[0]", first, "[B, H, D, E]")
-    width, (heads, dim) = hidden.shape[-1], state.weights[0].shape[1:3]
+    # not state.batch_size: torch.compile of torch 2.10 cannot follow a property
+    width, (rows, heads, dim) = hidden.shape[-1], state.weights[0].shape[:3]
     like = hidden.new_empty(0, 0, heads, dim)
-    check_memory(state, like, state.batch_size, residual_norm, activation)
+    check_memory(state, like, rows, residual_norm, activation)
     inner = heads * dim
     shapes = ((width,), (inner, width), (inner, width), (width, inner))
     expect(isinstance(params, ReadParams), "params", params, "a ReadParams")
