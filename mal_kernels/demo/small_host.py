@@ -106,7 +106,10 @@ def build_host(seed: int = 0) -> Qwen2AudioForConditionalGeneration:
         bos_token_id=None,
     )
     config = Qwen2AudioConfig(
-        audio_config=audio, text_config=text, audio_token_index=WORDS.index("<|AUDIO|>")
+        audio_config=audio,
+        text_config=text,
+        audio_token_index=WORDS.index("<|AUDIO|>"),
+        tie_word_embeddings=False,  # the default of transformers 5.10 is True
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)

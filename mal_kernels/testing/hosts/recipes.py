@@ -177,7 +177,13 @@ FRAMES_8 = partial(frames, per_token=8, width=8 * LONGEST)
 RECIPES = {
     "qwen2_audio": Recipe(
         "Qwen2AudioForConditionalGeneration",
-        {"audio_token_index": AUDIO, "text_config": TEXT, "audio_config": WHISPER_40},
+        {
+            "audio_token_index": AUDIO,
+            "text_config": TEXT,
+            "audio_config": WHISPER_40,
+            # transformers 5.10 ties them, and a tied host of random weights repeats its last word
+            "tie_word_embeddings": False,
+        },
         partial(frames, width=4 * LONGEST, mask="feature_attention_mask"),
     ),
     "audioflamingo3": Recipe(
