@@ -51,12 +51,12 @@ class Config:
 register_host(HostSpec("plain", audio_inputs=(), audio_token=None))
 host, x = Decoder(), torch.randn(1, 6, 16)
 mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(host)
-before = host(x)
+before = host(inputs_embeds=x)
 torch.nn.init.ones_(mal.memory.to_out.weight)
 mask = torch.tensor([[False, True, True, True, True, False]])
 with mal.dialogue("call-17") as dialogue, mal.audio_mask(mask):
-    host(x)
-    assert not torch.equal(host(x), before)
+    host(inputs_embeds=x)
+    assert not torch.equal(host(inputs_embeds=x), before)
 assert dialogue.turns == [2], dialogue.turns
 """
 
