@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -273,16 +273,28 @@ class MALAdapter(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._attachment is None or not self._listening:
             return None
-        host = self._attachment.host
-        edit = self._inject
-        if host.projector is not None:
-            edit = partial(self._find, host, kwargs.get("attention_mask"))
-        return host.edit_input(args, kwargs, partial(self._eagerly, edit))
+        return self._eagerly(self._edit_embeds, self._attachment.host, args, kwargs)
+
+    def _edit_embeds(
+        self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        embeds, put = host.embeds_of(args, kwargs)
+        if embeds is None:
+            return None
+        turn = self._listening.get(get_ident())
+        if turn is not None and turn.projected:
+            turn.find(host, embeds, kwargs.get("attention_mask"))
+        reads_here = self.config.site == "embeds"
+        return put(self._inject(embeds)) if reads_here else None
 
     def _at_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._attachment is None or not self._listening:
             return None
-        return self._attachment.host.edit_output(output, partial(self._eagerly, self._inject))
+        return self._eagerly(self._edit_output, self._attachment.host, output)
+
+    def _edit_output(self, host: Host, output: Any) -> Any:
+        hidden, put = host.hidden_of(output)
+        return put(self._inject(hidden))
 
     def _inject(self, hidden: Tensor) -> Tensor:
         me = get_ident()
@@ -293,12 +305,6 @@ class MALAdapter(nn.Module):
         if turn.generating:
             self._listening.pop(me)  # until the next call with audio
         return hidden
-
-    def _find(self, host: Host, attention: Any, embeds: Tensor) -> Tensor:
-        turn = self._listening.get(get_ident())
-        if turn is not None and turn.projected:
-            turn.find(host, embeds, attention)
-        return self._inject(embeds) if self.config.site == "embeds" else embeds
 
     def _project(self, output: Tensor) -> None:
         turn = self._current()
@@ -328,7 +334,8 @@ class MALAdapter(nn.Module):
                 "another temperature; pass one window and one temperature in each call."
             )
         turn.hear(host, *host.encoded(output, turn.given))
-        return host.edit_output(output, turn.inject)
+        hidden, put = host.hidden_of(output)
+        return put(turn.inject(hidden))
 
     def _after_host(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._listening:

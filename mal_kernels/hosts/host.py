@@ -16,6 +16,8 @@ from ..errors import HostError
 from .clips import Clip, fingerprint, runs_of
 from .spec import HostSpec, layers_of, spec_of
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by place, and by name
+
 
 @dataclass(frozen=True)
 class Host:
@@ -104,32 +106,43 @@ class Host:
             other = next(layer for layer in layers_of(self.decoder) if layer is not site)
             site.gradient_checkpointing = other.gradient_checkpointing
 
-    def edit_input(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], edit: Callable[[Tensor], Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments of the module at site ``embeds`` with the embeddings changed by ``edit``.
+    def embeds_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, Callable[[Tensor], Arguments]]:
+        """The embeddings that the module at site ``embeds`` is called with, and how to put others.
 
-        ``None`` if there are no embeddings among them.
+        Returns:
+            ``[R, S, Dm]``, or ``None`` if there are none, and a function that returns the arguments
+            of the call with other embeddings in their place.
         """
         if self.spec.embeds_inside and args:
-            return (edit(args[0]), *args[1:]), kwargs
+            return args[0], lambda embeds: ((embeds, *args[1:]), kwargs)
         name = "hidden_states" if self.spec.embeds_inside else "inputs_embeds"
-        embeds = kwargs.get(name)
-        return None if embeds is None else (args, {**kwargs, name: edit(embeds)})
+        return kwargs.get(name), lambda embeds: (args, {**kwargs, name: embeds})
 
-    def edit_output(self, output: Any, edit: Callable[[Tensor], Tensor]) -> Any:
-        """The output of a layer or encoder with the hidden states changed by ``edit``."""
+    def hidden_of(self, output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """The hidden states in the output of a layer or encoder, and how to put others.
+
+        Returns:
+            ``[R, S, Dm]``, and a function that returns the output with other hidden states in their
+            place.
+        """
         if isinstance(output, Mapping):
-            output.last_hidden_state = edit(output.last_hidden_state)  # type: ignore[attr-defined]
-            return output
+
+            def put(hidden: Tensor) -> Any:
+                output.last_hidden_state = hidden  # type: ignore[attr-defined]
+                return output
+
+            return output.last_hidden_state, put  # type: ignore[attr-defined]
         if isinstance(output, tuple):
-            return (self.edit_output(output[0], edit), *output[1:])
+            hidden, put_first = self.hidden_of(output[0])
+            return hidden, lambda hidden: (put_first(hidden), *output[1:])
         if self.spec.stream is None:
-            return edit(output)
+            return output, lambda hidden: hidden
         seen = _look_up(self.decoder.config, self.spec.stream)
         streams = list(output.unbind(0))
-        streams[seen] = edit(streams[seen])
-        return torch.stack(streams)
+        before, after = streams[:seen], streams[seen + 1 :]
+        return streams[seen], lambda hidden: torch.stack([*before, hidden, *after])
 
     def encoded(
         self, output: Any, inputs: Mapping[str, Any] = MappingProxyType({})

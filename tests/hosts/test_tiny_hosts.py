@@ -200,10 +200,12 @@ def test_no_layer_after_the_last_effective_one_reaches_the_text(name):
     def reaches_text(layer: int) -> bool:
         # directions differ, or a norm would take the change out again
         push = torch.randn(host.hidden_size, generator=torch.Generator().manual_seed(0))
-        edit = functools.partial(
-            host.edit_output, edit=lambda hidden: hidden + audio[..., None] * push
-        )
-        handle = host.decoder.layers[layer].register_forward_hook(lambda m, args, out: edit(out))
+
+        def pushed(_layer, _args, output):
+            hidden, put = host.hidden_of(output)
+            return put(hidden + audio[..., None] * push)
+
+        handle = host.decoder.layers[layer].register_forward_hook(pushed)
         text = logits(host, inputs)[~audio]
         handle.remove()
         return not torch.equal(text, clean)
