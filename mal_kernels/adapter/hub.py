@@ -2,11 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ..config import MALConfig
+from ..dialogues.files import read_json, read_tensors, write_tensors
 from ..errors import CheckpointError
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save(folder: Path, config: MALConfig, weights: Mapping[str, Tensor]) -> None:
+    """Writes an adapter and its model card into ``folder``, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_NAME, "adapter", weights, {})
+    (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(config.base_model_name_or_path))
+
+
+def load(
+    model_id: str | Path,
+    expected: Callable[[MALConfig], Mapping[str, Tensor]],
+    hub_kwargs: Mapping[str, Any],
+) -> tuple[MALConfig, dict[str, Tensor]]:
+    """Reads what :func:`save` wrote.
+
+    Args:
+        model_id: a folder, or the id of a repository.
+        expected: returns weights of the shapes and dtypes that a config asks for.
+        hub_kwargs: for ``hf_hub_download``.
+
+    Raises:
+        CheckpointError: not found, corrupt, or not an adapter of this library.
+    """
+    config_file, weights_file = (
+        find_file(model_id, name, hub_kwargs) for name in (CONFIG_NAME, WEIGHTS_NAME)
+    )
+    try:
+        text = config_file.read_text()
+    except (OSError, UnicodeError) as error:
+        raise CheckpointError(f"cannot read {config_file}: {error}.") from error
+    config = MALConfig.from_dict(read_json(text, str(config_file)))
+    if config.hidden_size is None:
+        raise CheckpointError(f"hidden_size is null in {config_file}; save the adapter again.")
+    tensors, _ = read_tensors(weights_file, "adapter", lambda header: expected(config))
+    return config, tensors
+
+
+def push(
+    save_to: Callable[[str], None],
+    repo_id: str,
+    private: bool | None,
+    token: str | None,
+    commit_message: str,
+) -> str:
+    """Uploads what ``save_to`` writes into a folder, and returns the address of the repository."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_to(folder)
+        address = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message
+        )
+    return str(address)
 
 
 def find_file(model_id: str | Path, name: str, hub_kwargs: Mapping[str, Any]) -> Path:

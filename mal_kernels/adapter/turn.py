@@ -214,8 +214,6 @@ class Turn:
             snapshots = self._snapshots(self.dialogue, self._write(self.state, last))
             past = dict(zip(self.dialogue.ids, self.past, strict=True))
             self.dialogue.store.commit(snapshots, past)
-        if self.dialogue is not None:
-            self.dialogue.last_turn = self.report
         return self.report
 
     def _snapshots(self, dialogue: Dialogue, state: MemoryState) -> dict[str, Snapshot]:

@@ -212,8 +212,9 @@ def test_a_decode_step_leaves_compiled_code_alone(name, site, monkeypatch):
     host = tiny_host(name).requires_grad_(False)
     mal, x = attached(host, site), tiny_inputs(host, [[5]])
     calls = []
-    eagerly = mal._eagerly
-    monkeypatch.setattr(mal, "_eagerly", lambda *args: calls.append(1) or eagerly(*args))
+    hooks = mal._attachment.hooks
+    eagerly = hooks._eagerly
+    monkeypatch.setattr(hooks, "_eagerly", lambda *args: calls.append(1) or eagerly(*args))
     counts = []
     for tokens in (1, 5):
         calls.clear()
