@@ -1,6 +1,6 @@
 """Memory-as-a-Layer on a frozen audio language model: :class:`MALAdapter`."""
 
+from ..dialogues import TurnReport
 from .adapter import MALAdapter
-from .report import TurnReport
 
 __all__ = ["MALAdapter", "TurnReport"]

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MALConfig
-from ..dialogues import Dialogue, DialogueStore
+from ..dialogues import Dialogue, DialogueStore, TurnReport
 from ..errors import ArgumentError, HostError
 from ..hosts import Host
 from ..memory import NeuralMemory
 from ..state import MemoryState
 from . import hub
 from .hooks import Hooks, is_hooked
-from .report import TurnReport
 from .scope import Scopes
 
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MALConfig
-from ..dialogues import Dialogue
+from ..dialogues import Dialogue, TurnReport
 from ..errors import ArgumentError, HostError
 from ..hosts import Host
 from ..memory import NeuralMemory
-from .report import TurnReport
 from .scope import Scope, Scopes
 from .turn import Turn
 

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dialogues import Dialogue
+from ..dialogues import Dialogue, TurnReport
 from ..dialogues.snapshot import EMPTY, Snapshot
 from ..errors import ArgumentError, HostError
 from ..hosts import Clip, Host, placed
 from ..memory import NeuralMemory
 from ..ops import MemoryUpdate
 from ..state import MemoryState
-from .report import TurnReport
 
 
 class Spoken(NamedTuple):

@@ -6,6 +6,7 @@ bytes of :mod:`~mal_kernels.dialogues.files`.
 """
 
 from .dialogue import Dialogue
+from .report import TurnReport
 from .store import DialogueStore
 
-__all__ = ["Dialogue", "DialogueStore"]
+__all__ = ["Dialogue", "DialogueStore", "TurnReport"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..state import MemoryState
+from .report import TurnReport
 from .store import DialogueStore
 
 
@@ -39,7 +40,7 @@ class Dialogue:
         speaker: str | Sequence[str | None] | None = None,
     ) -> None:
         self.store = store
-        self.last_turn: Any = None
+        self.last_turn: TurnReport | None = None
         self.ids: tuple[str, ...] = (ids,) if isinstance(ids, str) else _tuple(ids)
         one_for_all = speaker is None or isinstance(speaker, str)
         self.speakers: tuple[str | None, ...] = (

@@ -1,13 +1,22 @@
-"""What one turn did: what was heard, read and written, in numbers."""
+"""The report on a turn: what was heard, read and written, in numbers."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..memory import NeuralMemory
-
 NAN = float("nan")
+
+
+class Gates(Protocol):
+    """The part of a :class:`NeuralMemory` that a report asks."""
+
+    heads: int
+
+    def rates(self, tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`NeuralMemory.rates`."""
 
 
 class TurnReport:
@@ -29,7 +38,7 @@ class TurnReport:
         ([9], 0)
     """
 
-    def __init__(self, rows: int, memory: NeuralMemory) -> None:
+    def __init__(self, rows: int, memory: Gates) -> None:
         self.rows, self.skipped_by_row, self._memory = rows, [0] * rows, memory
         self._before: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, Dm] of each new clip
         self._after: list[list[Tensor]] = [[] for _ in range(rows)]
