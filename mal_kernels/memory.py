@@ -1,13 +1,14 @@
-"""NeuralMemory: the layer around the ops, from hidden states to hidden states."""
+"""The layer around the ops, :class:`NeuralMemory`, and :func:`recall`, a turn of a dialogue."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from . import ops
@@ -283,3 +284,139 @@ class NeuralMemory(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(module)`` adds."""
         return f"heads={self.heads}, head_dim={self.head_dim}, step={self.step!r}"
+
+
+class Clips(NamedTuple):
+    """Sequences of tokens in hidden states ``[..., Dm]``, each with the memory that it belongs to.
+
+    Args:
+        places: ``[N]`` int64, flat positions of the tokens, one sequence after the other.
+        cu_seqlens: ``[C + 1]`` int64, where each sequence begins and ends in ``places``.
+        rows: ``[C]`` int64, the row of a state for each sequence.
+    """
+
+    places: Tensor
+    cu_seqlens: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, starts: Tensor, lengths: Tensor, rows: Tensor) -> Clips:
+        """Sequences of adjacent tokens, from the first position and the length of each, ``[C]``."""
+        ends = lengths.cumsum(0)
+        shift = (starts - ends + lengths).repeat_interleave(lengths)  # [N]
+        places = shift + torch.arange(len(shift), device=shift.device)
+        return cls(places, F.pad(ends, (1, 0)), rows)
+
+    def tokens(self, hidden: Tensor) -> Tensor:
+        """The tokens ``[N, Dm]``."""
+        return rearrange(hidden, "... d -> (...) d").index_select(0, self.places)
+
+    def to(self, device: torch.device) -> Clips:
+        """The same sequences on ``device``."""
+        return Clips(*(x.to(device) for x in self))
+
+
+class Written(NamedTuple):
+    """The result of :func:`write_rows`.
+
+    Args:
+        state: with the rows that were written.
+        surprise: ``[N, H]`` of the tokens that were written.
+        kept: ``[C]`` bool, on the CPU: which sequences were written.
+    """
+
+    state: MemoryState
+    surprise: Tensor
+    kept: Tensor
+
+
+def recall(
+    memory: NeuralMemory,
+    hidden: Tensor,
+    clips: Clips,
+    state: MemoryState,
+    *,
+    to_write: Clips | None = None,
+    max_norm: float | None = None,
+) -> tuple[Tensor, Written]:
+    """One turn: each clip reads its memory, and is written to it afterwards as it came.
+
+    So a turn recalls the turns before it and never itself. A dialogue is a loop over this function,
+    and a speaker is a row of the state.
+
+    Args:
+        memory: reads and writes.
+        hidden: ``[..., Dm]``.
+        clips: the tokens that read, each of them once.
+        state: one row per memory.
+        to_write: the tokens that are written, if not ``clips``; at most one sequence per row.
+        max_norm: as :func:`write_rows` takes it.
+
+    Returns:
+        ``hidden`` with the gated read at the tokens of ``clips``, and what was written.
+    """
+    to_write = to_write or clips
+    lengths, total = clips.cu_seqlens.diff(), len(clips.places)
+    row = clips.rows.repeat_interleave(lengths, output_size=total)  # [N]
+    changed = memory.read(hidden, clips.places, row, state)
+    tokens = to_write.tokens(hidden)
+    return changed, write_rows(
+        memory, tokens, to_write.cu_seqlens, to_write.rows, state, max_norm=max_norm
+    )
+
+
+def write_rows(
+    memory: NeuralMemory,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor,
+    state: MemoryState,
+    *,
+    max_norm: float | None = None,
+) -> Written:
+    """Writes sequences to some rows of ``state``; the chunk of each ends with it.
+
+    Args:
+        memory: writes.
+        tokens: ``[N, Dm]``, the sequences one after another.
+        cu_seqlens: ``[C + 1]`` int64.
+        rows: ``[C]`` int64, the row that each sequence is written to, every row at most once.
+        state: one row per memory, at a chunk boundary.
+        max_norm: a sequence that is not finite, or that takes the norm of a head to this bound, is
+            left out: left in, one bad row would turn the gradients of all to NaN. ``None`` writes
+            all of them and does not wait for the device.
+    """
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    if max_norm is not None:
+        not_finite = F.pad((~tokens.isfinite().all(1)).cumsum(0), (1, 0))  # [N + 1], so far
+        kept = (not_finite[cu_seqlens].diff() == 0).cpu()
+    while kept.any():
+        some, ends, into = _only(kept, tokens, cu_seqlens, rows)
+        new, surprise = memory.write(some, ends, state.index_select(into))
+        bounded = torch.ones(len(into), dtype=torch.bool)
+        if max_norm is not None:  # false for NaN, and with no bound for infinity
+            bounded = (new.detach().norm() < max_norm).all(1).cpu()
+        if bounded.all():
+            return Written(_put(state, into, new.end_chunk()), surprise[0], kept)
+        kept[kept.clone()] = bounded
+    return Written(state, tokens.new_zeros(0, memory.heads), kept)
+
+
+def _only(
+    keep: Tensor, tokens: Tensor, cu_seqlens: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequences that are to be kept, bool ``[C]``."""
+    if keep.all():
+        return tokens, cu_seqlens, rows
+    keep, lengths = keep.to(tokens.device), cu_seqlens.diff()
+    ends = F.pad(lengths[keep].cumsum(0), (1, 0))
+    return tokens[keep.repeat_interleave(lengths)], ends, rows[keep]
+
+
+def _put(state: MemoryState, rows: Tensor, new: MemoryState) -> MemoryState:
+    """``state`` with its ``rows`` replaced by ``new``, differentiable in both."""
+    weights, momentum = (
+        tuple(old.index_copy(0, rows, value) for old, value in zip(*layers, strict=True))
+        for layers in zip(state[:2], new[:2], strict=True)
+    )
+    return MemoryState(weights, momentum)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mal_kernels import MALAdapter, MALConfig, MemoryState, NeuralMemory
 from mal_kernels.errors import ArgumentError
+from mal_kernels.memory import Clips, recall
 
 State = tuple[Tensor, ...]  # each [R, ...]
 LINEAR = dict(
@@ -146,18 +147,17 @@ class TitansMemory(nn.Module):
     def _recall_uneven(
         self, x: Tensor, mask: Tensor, state: State | None
     ) -> tuple[Tensor, State | None]:
-        rows, turns, tokens, _ = x.shape
+        rows, turns = x.shape[:2]
         flat = self.initial(rows) if state is None else state
         half = len(flat) // 2
         memory_state = MemoryState(flat[:half], flat[half:])
-        row = torch.arange(rows, device=x.device).repeat_interleave(tokens).view(rows, tokens)
+        row = torch.arange(rows, device=x.device)
         changed = []
         for t in range(turns):
-            there, hidden = mask[:, t], x[:, t]
-            index = there.flatten().nonzero().squeeze(1)
-            changed.append(self.memory.read(hidden, index, row[there], memory_state))
-            ends = F.pad(there.sum(-1).cumsum(0), (1, 0))
-            memory_state = self.memory.write(hidden[there], ends, memory_state).state
+            places = mask[:, t].flatten().nonzero().squeeze(1)
+            clips = Clips(places, F.pad(mask[:, t].sum(-1).cumsum(0), (1, 0)), row)
+            hidden, (memory_state, *_) = recall(self.memory, x[:, t], clips, memory_state)
+            changed.append(hidden)
         after = (*memory_state.weights, *memory_state.momentum)
         return torch.stack(changed, 1), None if state is None else after
 

@@ -16,8 +16,7 @@ from ..dialogues import Dialogue, TurnReport
 from ..dialogues.snapshot import EMPTY, Snapshot
 from ..errors import ArgumentError, HostError
 from ..hosts import Clip, Host, placed
-from ..memory import NeuralMemory
-from ..ops import MemoryUpdate
+from ..memory import Clips, NeuralMemory, Written, recall, write_rows
 from ..state import MemoryState
 
 
@@ -28,6 +27,11 @@ class Spoken(NamedTuple):
     clip: Clip
     new: bool
     last: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of the clip."""
+        return self.clip.stop - self.clip.start
 
 
 class Turn:
@@ -176,17 +180,22 @@ class Turn:
         self.state = self._states(hidden.device)
         original = hidden
         for spoken in filter(None, self.rounds):
-            places = self._places(spoken, hidden.shape[1], self.repeats)
-            owners = [x.row for x in spoken for _ in range(self.repeats)]
-            rows = [torch.full_like(p, row) for p, row in zip(places, owners, strict=True)]
-            index, state_index = (torch.cat(x).to(hidden.device) for x in (places, rows))
-            hidden = self.memory.read(hidden, index, state_index, self.state)
             new = [x for x in spoken if x.new]
-            clips = list(zip(new, self._tokens(new, original), strict=True))
-            for (x, before), after in zip(clips, self._tokens(new, hidden), strict=True):
+            writes = [(x, 0, slot) for x in new if not x.last for slot in self._slots_of(x.row)]
+            hidden, written = recall(
+                self.memory,
+                hidden,
+                self._clips([(x, i, x.row) for x in spoken for i in range(self.repeats)], hidden),
+                self.state,
+                to_write=self._clips(writes, hidden),
+                max_norm=self.max_state_norm,
+            )
+            self.state = self._reported(written, [(slot, x.length) for x, _, slot in writes])
+            tokens = (self._tokens(new, x) for x in (original, hidden))
+            for x, before, after in zip(new, *tokens, strict=True):
                 self.report.heard(x.row, before, after)
-            self.pending += [(x.row, tokens) for x, tokens in clips if x.last]
-            self.state = self._write(self.state, [(x.row, t) for x, t in clips if not x.last])
+                if x.last:
+                    self.pending.append((x.row, before))
         return hidden
 
     def commit(self) -> TurnReport | None:
@@ -206,11 +215,7 @@ class Turn:
         if not self.rounds:
             return None
         if self.dialogue is not None and self.pending:
-            clips: dict[int, list[Tensor]] = {}  # of a streaming host, in parts
-            for row, tokens in self.pending:
-                clips.setdefault(row, []).append(tokens)
-            last = [(row, torch.cat(parts)) for row, parts in clips.items()]
-            snapshots = self._snapshots(self.dialogue, self._write(self.state, last))
+            snapshots = self._snapshots(self.dialogue, self._write_last())
             past = dict(zip(self.dialogue.ids, self.past, strict=True))
             self.dialogue.store.commit(snapshots, past)
         return self.report
@@ -238,69 +243,50 @@ class Turn:
         keys = [(self.past[row], who) for row, who in self.slots]
         return self.dialogue.store.rows(keys, device)
 
-    def _write(self, state: MemoryState, clips: Sequence[tuple[int, Tensor]]) -> MemoryState:
-        """``state`` after one clip ``[T, Dm]`` each of some rows, in every memory of those rows.
+    def _write_last(self) -> MemoryState:
+        """The state after the last clip of each row, in every memory of that row."""
+        clips: dict[int, list[Tensor]] = {}  # of a streaming host, in parts
+        for row, tokens in self.pending:
+            clips.setdefault(row, []).append(tokens)
+        last = {row: torch.cat(parts) for row, parts in clips.items()}
+        writes = [(slot, tokens) for row, tokens in last.items() for slot in self._slots_of(row)]
+        slots, every = zip(*writes, strict=True)
+        lengths = [len(tokens) for tokens in every]
+        tokens = torch.cat(every)
+        ends, rows = (torch.tensor(x, device=tokens.device) for x in ([0, *lengths], slots))
+        written = write_rows(
+            self.memory, tokens, ends.cumsum(0), rows, self.state, max_norm=self.max_state_norm
+        )
+        return self._reported(written, list(zip(slots, lengths, strict=True)))
 
-        Without what is not finite, or explodes: left in, one bad row would turn the gradients of
-        all to NaN.
-        """
-        writes = [(slot, tokens) for row, tokens in clips for slot in self._slots_of(row)]
-        writes = self._keep(writes, [tokens.isfinite().all() for _, tokens in writes])
-        if not writes:
-            return state
-        update = self._update(state, writes)
-        # false for NaN, and with no bound for infinity
-        bounded = (update.state.detach().norm() < self.max_state_norm).all(1)
-        kept = self._keep(writes, list(bounded))
-        if not kept:
-            return state
-        if len(kept) < len(writes):
-            writes, update = kept, self._update(state, kept)
-        surprise = torch.split(update.surprise[0], [len(tokens) for _, tokens in writes])
-        order = list(range(len(self.slots)))
-        for i, (slot, _) in enumerate(writes):
-            order[slot] = len(order) + i
+    def _reported(self, written: Written, writes: Sequence[tuple[int, int]]) -> MemoryState:
+        """The state after writes to slots, of so many tokens each, which are put on record."""
+        flags = written.kept.tolist()
+        kept = [write for write, ok in zip(writes, flags, strict=True) if ok]
+        surprise = written.surprise.split([length for _, length in kept])
+        for (slot, _), of_slot in zip(kept, surprise, strict=True):
             if slot < self.report.rows:
-                self.report.wrote(slot, surprise[i])
-        return MemoryState.cat([state, update.state]).index_select(_indices(order, state))
-
-    def _keep(
-        self, writes: list[tuple[int, Tensor]], good: list[Tensor]
-    ) -> list[tuple[int, Tensor]]:
-        flags = torch.stack(good).tolist() if good else []  # one transfer from the device
+                self.report.wrote(slot, of_slot)
         for (slot, _), ok in zip(writes, flags, strict=True):
             self.report.skipped_by_row[self.slots[slot][0]] += not ok
-        return [write for write, ok in zip(writes, flags, strict=True) if ok]
+        return written.state
 
-    def _update(self, state: MemoryState, writes: Sequence[tuple[int, Tensor]]) -> MemoryUpdate:
-        slots, tokens = zip(*writes, strict=True)
-        ends = torch.tensor([0, *map(len, tokens)], device=tokens[0].device).cumsum(0)
-        rows = state.index_select(_indices(slots, state))
-        return self.memory.write(torch.cat(tokens), ends, rows)
-
-    def _places(self, spoken: Sequence[Spoken], width: int, copies: int) -> list[Tensor]:
-        """Flat index into ``[R, S]`` of the tokens of each clip, in the first copies of its row."""
-        return [
-            torch.arange(x.clip.start, x.clip.stop) + (x.row * self.repeats + copy) * width
-            for x in spoken
-            for copy in range(copies)
+    def _clips(self, clips: Sequence[tuple[Spoken, int, int]], hidden: Tensor) -> Clips:
+        """Clips in one copy of their row of ``hidden`` ``[R, S, Dm]``, each with a slot."""
+        table = [
+            ((x.row * self.repeats + copy) * hidden.shape[1] + x.clip.start, x.length, slot)
+            for x, copy, slot in clips
         ]
+        columns = torch.tensor(table, dtype=torch.int64).view(-1, 3).unbind(1)
+        return Clips.of(*columns).to(hidden.device)
 
-    def _tokens(self, spoken: Sequence[Spoken], hidden: Tensor) -> list[Tensor]:
+    def _tokens(self, spoken: Sequence[Spoken], hidden: Tensor) -> Sequence[Tensor]:
         """The tokens ``[T, Dm]`` of each clip, from the first copy of its row."""
-        places = self._places(spoken, hidden.shape[1], 1)
-        if not places:
-            return []
-        index = torch.cat(places).to(hidden.device)
-        tokens = hidden.flatten(0, 1).index_select(0, index)
-        return list(torch.split(tokens, [len(p) for p in places]))
+        tokens = self._clips([(x, 0, x.row) for x in spoken], hidden).tokens(hidden)
+        return tokens.split([x.length for x in spoken])
 
 
 def _rows(state: MemoryState) -> list[MemoryState]:
     """Views of the single rows; the gradient of ``split`` is one concatenation."""
     weights, momentum = (zip(*(torch.split(t, 1) for t in f), strict=True) for f in state[:2])
     return [MemoryState(w, m) for w, m in zip(weights, momentum, strict=True)]
-
-
-def _indices(rows: Sequence[int], state: MemoryState) -> Tensor:
-    return torch.tensor(rows, device=state.weights[0].device)

@@ -1,8 +1,8 @@
 """Makes the demo's weights from nothing: dialogues, a host, then a memory on the frozen host.
 
 The memory acts on the host's input embeddings, which do not change, so they are computed once. The
-loop over turns below does what :class:`mal_kernels.MALAdapter` does in hooks (read, then write; one
-memory per speaker): ``tests/demo/test_demo.py`` holds the two to the same logits.
+loop over turns below is :func:`mal_kernels.memory.recall`, which :class:`mal_kernels.MALAdapter`
+calls in hooks: ``tests/demo/test_demo.py`` holds the two to the same logits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from mal_kernels.demo import small_host
 from mal_kernels.demo.data import CHUNK, Dialogues, make_dialogues
 from mal_kernels.dialogues.files import read_tensors, write_tensors
 from mal_kernels.errors import CheckpointError
+from mal_kernels.memory import Clips, NeuralMemory, recall
 
 if TYPE_CHECKING:
     from transformers import Qwen2AudioForConditionalGeneration
-
-    from mal_kernels.memory import NeuralMemory
-    from mal_kernels.state import MemoryState
 
 WEIGHTS = Path(__file__).parent / "weights"  # ships with the package
 HOST_FILE, KIND = "host.safetensors", "demo host"
@@ -153,31 +151,16 @@ def remember(memory: NeuralMemory, embeds: Tensor, speaker: Tensor, speakers: in
         speaker: int64 ``[N, T]``.
         speakers: number of speakers a dialogue can have.
     """
-    dialogues, turns, length, width = embeds.shape
-    row = torch.arange(dialogues)
-    tokens = small_host.AUDIO.stop - small_host.AUDIO.start
-    index = (
-        row[:, None] * length + torch.arange(length)[small_host.AUDIO]
-    ).flatten()  # into [N * S]
-    cu_seqlens = torch.arange(dialogues + 1) * tokens
+    dialogues, turns, length, _ = embeds.shape
+    row, (start, stop, _) = torch.arange(dialogues), small_host.AUDIO.indices(length)
+    starts, lengths = row * length + start, torch.full_like(row, stop - start)
     state = memory.initial_state(dialogues * speakers)
     changed = []
     for t in range(turns):
-        hidden, slot = embeds[:, t], row * speakers + speaker[:, t]
-        past = state.index_select(slot)
-        changed.append(memory.read(hidden, index, row.repeat_interleave(tokens), past))
-        heard = hidden.reshape(-1, width)[index]
-        state = _put(state, slot, memory.write(heard, cu_seqlens, past).state)
+        clips = Clips.of(starts, lengths, row * speakers + speaker[:, t])
+        hidden, (state, *_) = recall(memory, embeds[:, t], clips, state)
+        changed.append(hidden)
     return torch.stack(changed, 1)
-
-
-def _put(state: MemoryState, rows: Tensor, new: MemoryState) -> MemoryState:
-    """``state`` with its ``rows`` replaced by ``new``, differentiable in both."""
-    weights, momentum = (
-        tuple(old.index_copy(0, rows, value) for old, value in zip(*layers, strict=True))
-        for layers in zip(state[:2], new[:2], strict=True)
-    )
-    return type(state)(weights, momentum)
 
 
 def answer_logits(host: Qwen2AudioForConditionalGeneration, embeds: Tensor) -> Tensor:
