@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,22 +73,14 @@ class MALConfig:
 
     def __post_init__(self) -> None:
         for name, (is_valid, expected) in _EXPECTED.items():
-            if not is_valid(getattr(self, name)):
-                self._refuse(name, expected)
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise ArgumentError(f"MALConfig.{name} is {value!r}; pass {expected}.")
+        check_start(
+            "MALConfig", self.heads, self.max_lr, self.lr_init, self.zero_start, self.residual_norm
+        )
         if self.lr_init is not None:
-            rates = self.lr_init if isinstance(self.lr_init, (list, tuple)) else ()
-            if len(rates) != self.heads or not all(
-                _is_positive(r) and r < self.max_lr for r in rates
-            ):
-                self._refuse(
-                    "lr_init", f"{self.heads} numbers, one per head, below max_lr={self.max_lr}"
-                )
-            self.lr_init = tuple(rates)  # JSON has lists only
-        if self.zero_start and self.residual_norm:
-            self._refuse("zero_start", "False with residual_norm=True, whose read is never zero")
-
-    def _refuse(self, name: str, expected: str) -> None:
-        raise ArgumentError(f"MALConfig.{name} is {getattr(self, name)!r}; pass {expected}.")
+            self.lr_init = tuple(self.lr_init)  # JSON has lists only
 
     def memory_options(self) -> dict[str, Any]:
         """The arguments of :class:`NeuralMemory`."""
@@ -133,6 +125,32 @@ class MALConfig:
             raise CheckpointError(f"adapter config is not valid: {error}") from error
 
 
+def check_start(
+    owner: str,
+    heads: int,
+    max_lr: float,
+    lr_init: Sequence[float] | None,
+    zero_start: bool,
+    residual_norm: bool,
+) -> None:
+    """Whether a memory can start as it is told to, which several arguments of ``owner`` say.
+
+    Raises:
+        ArgumentError: ``lr_init`` does not fit ``heads`` and ``max_lr``, or ``zero_start`` does not
+            go with ``residual_norm``.
+    """
+    if lr_init is not None and (len(lr_init) != heads or not all(0 < r < max_lr for r in lr_init)):
+        raise ArgumentError(
+            f"{owner}.lr_init is {lr_init!r}; pass {heads} numbers, one per head, above 0 and "
+            f"below max_lr={max_lr}."
+        )
+    if zero_start and residual_norm:
+        raise ArgumentError(
+            f"{owner}.zero_start is True; pass False with residual_norm=True, whose read is never "
+            "zero."
+        )
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -167,6 +185,10 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "activation": (lambda name: name in ACTIVATIONS, f"one of {ACTIVATIONS}"),
     "residual_norm": (lambda flag: isinstance(flag, bool), "True or False"),
     "max_lr": (_is_positive, "a positive number"),
+    "lr_init": (
+        _or_none(lambda rates: isinstance(rates, (list, tuple)) and all(map(_is_positive, rates))),
+        "a tuple of positive numbers, one per head, or None to spread them",
+    ),
     "momentum_init": (_is_share, "a number between 0 and 1"),
     "decay_init": (_is_share, "a number between 0 and 1"),
     "max_grad_norm": (

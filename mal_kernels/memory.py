@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import ops
-from .errors import ArgumentError
+from .config import check_start
 from .ops import MemoryUpdate, ReadParams
 from .reference import RMS_NORM_EPS
 from .state import MemoryState
@@ -89,11 +89,7 @@ class NeuralMemory(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if zero_start and residual_norm:
-            raise ArgumentError(
-                "zero_start: got True with residual_norm=True, whose read is never zero; set one "
-                "of them to False"
-            )
+        check_start("NeuralMemory", heads, max_lr, lr_init, zero_start, residual_norm)
         self.heads, self.head_dim, self.max_lr = heads, head_dim, max_lr
         self.step, self.chunk_size, self.max_grad_norm = step, chunk_size, max_grad_norm
         self.activation, self.residual_norm, self.backend = activation, residual_norm, backend
@@ -118,11 +114,6 @@ class NeuralMemory(nn.Module):
         heads = self.heads
         if lr_init is None:
             lr_init = [self.max_lr * 0.5 * 10 ** ((h + 1) / heads - 1) for h in range(heads)]
-        if len(lr_init) != heads or not all(0 < x < self.max_lr for x in lr_init):
-            raise ArgumentError(
-                f"lr_init: got {lr_init}, expected {heads} numbers, one per head, between 0 and "
-                f"max_lr={self.max_lr}"
-            )
         lr = torch.tensor(lr_init) / self.max_lr
         rest = torch.tensor([momentum_init, decay_init]).repeat_interleave(heads)
         with torch.no_grad():

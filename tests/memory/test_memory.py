@@ -102,7 +102,7 @@ def test_rates_start_where_they_are_told():
 
 @pytest.mark.parametrize("bad", [[0.1], [0.1, 0.5], [0.1, 0.0]])
 def test_bad_rates_are_named(bad):
-    with pytest.raises(ArgumentError, match="lr_init: got"):
+    with pytest.raises(ArgumentError, match=r"NeuralMemory.lr_init is \[.*; pass 2 numbers"):
         layer(max_lr=0.5, lr_init=bad)
 
 
@@ -146,7 +146,7 @@ def test_an_empty_memory_reads_zero_after_training(depth):
 
 
 def test_a_read_that_is_never_zero_cannot_start_at_zero():
-    with pytest.raises(ArgumentError, match="zero_start: got True with residual_norm"):
+    with pytest.raises(ArgumentError, match=r"NeuralMemory.zero_start is True; pass False"):
         layer(zero_start=True, residual_norm=True)
 
 
