@@ -81,9 +81,11 @@ class Host:
             )
         if self.spec.encoder:
             return self.decoder
+        if site == "embeds" and not self.spec.embeds_inside:
+            return self.decoder  # which need not have layers
         layers = layers_of(self.decoder)
         if site == "embeds":
-            return layers[0] if self.spec.embeds_inside else self.decoder
+            return layers[0]
         last = self.spec.last_layer(self.decoder)
         if int(site) > last:
             raise HostError(
