@@ -34,7 +34,7 @@ class MALAdapter(nn.Module):
     """A memory of the dialogue for a frozen audio language model.
 
     The adapter is never part of the host: through hooks it reads its memory into the hidden states
-    of the audio tokens, and writes each turn once, when the call that heard it has succeeded. Until
+    of the audio tokens, and writes each turn once, when its call has succeeded. Until
     it is trained the output of the frozen host does not change by a bit. Freezing can itself move
     the last digit of a host, since torch folds matrix products another way for weights that require
     gradients.
@@ -197,7 +197,7 @@ class MALAdapter(nn.Module):
 
     @contextmanager
     def audio_mask(self, mask: Tensor) -> Iterator[None]:
-        """Within this context, calls of the host hear audio at the positions ``mask`` ``[B, S]``.
+        """Within this context, calls of the host have audio at the positions ``mask`` ``[B, S]``.
 
         For prompts given as ``inputs_embeds``, in which audio cannot be found by its token. A clip
         is a run of audio positions.
@@ -297,9 +297,9 @@ class MALAdapter(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Prints the number of trainable parameters and of all, with those of an attached host."""
-        mine = list(self.parameters())
+        own = list(self.parameters())
         host = self._attachment.host.whole.parameters() if self._attachment else ()
-        every = mine + list(host)
+        every = own + list(host)
         trainable = sum(p.numel() for p in every if p.requires_grad)
         total = sum(p.numel() for p in every)
         share = 100 * trainable / max(total, 1)

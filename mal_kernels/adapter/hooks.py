@@ -50,8 +50,8 @@ class Hooks:
         self.attached = False
         # by thread, which a call of the host never leaves: turns of a generate that is under way,
         # and of a forward call with audio that is
-        self._generating: dict[int, Turn] = {}
-        self._listening: dict[int, Turn] = {}
+        self._in_generate: dict[int, Turn] = {}
+        self._in_forward: dict[int, Turn] = {}
         # where clips begin is known only when they are there: torch.compile leaves this to Python
         self._eagerly = torch.compiler.disable(lambda function, *args: function(*args))
 
@@ -75,16 +75,16 @@ class Hooks:
         for handle in handles:
             undo.callback(handle.remove)
         if projector is not None:
-            self._watch(projector, undo)
+            self._wrap_projector(projector, undo)
         if hasattr(model, "generate"):
             self._wrap_generate(model, undo)
 
     def _before_host(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = self.host.arguments(args, kwargs)
-        if self._listening or self._may_hear(inputs):
-            self._eagerly(self._begin, inputs)
+        if self._in_forward or self._may_have_audio(inputs):
+            self._eagerly(self._begin_forward, inputs)
 
-    def _may_hear(self, inputs: Mapping[str, Any]) -> bool:
+    def _may_have_audio(self, inputs: Mapping[str, Any]) -> bool:
         host = self.host
         if host.projector is not None:
             return True  # which is known when its projector runs
@@ -93,23 +93,23 @@ class Hooks:
             return False
         return host.carries_audio(inputs) or bool(self.scopes.masks)
 
-    def _begin(self, inputs: Mapping[str, Any]) -> None:
-        me, scope, host = get_ident(), self.scopes.current(), self.host
-        self._listening.pop(me, None)  # left behind by a call that failed
-        if not scope.enabled or not self._may_hear(inputs):
+    def _begin_forward(self, inputs: Mapping[str, Any]) -> None:
+        thread, scope, host = get_ident(), self.scopes.current(), self.host
+        self._in_forward.pop(thread, None)  # left behind by a call that failed
+        if not scope.enabled or not self._may_have_audio(inputs):
             return
-        turn = self._generating.get(me)
+        turn = self._in_generate.get(thread)
         # a mask is that of the prompt, which is the first call in generate
-        heard = turn is not None and turn.rounds
+        located = turn is not None and turn.clip_rounds
         if host.projector is None and not (
-            host.carries_audio(inputs) if scope.mask is None else not heard
+            host.carries_audio(inputs) if scope.mask is None else not located
         ):
             return
         host.checkpoint_never(self.site)
         turn = turn or self._new_turn(scope, inputs)
         if not host.spec.encoder and host.projector is None:
-            turn.hear(host, host.prompted(inputs, turn.given), scope.mask)
-        self._listening[me] = turn
+            turn.locate_clips(host, host.prompted(inputs, turn.given), scope.mask)
+        self._in_forward[thread] = turn
 
     def _new_turn(
         self,
@@ -136,7 +136,7 @@ class Hooks:
     def _at_embeds(
         self, site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        return self._eagerly(self._edit_embeds, args, kwargs) if self._listening else None
+        return self._eagerly(self._edit_embeds, args, kwargs) if self._in_forward else None
 
     def _edit_embeds(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -144,66 +144,66 @@ class Hooks:
         embeds, put = self.host.embeds_of(args, kwargs)
         if embeds is None:
             return None
-        turn = self._listening.get(get_ident())
+        turn = self._in_forward.get(get_ident())
         if turn is not None and turn.projected:
-            turn.find(self.host, embeds, kwargs.get("attention_mask"))
+            turn.locate_projected(self.host, embeds, kwargs.get("attention_mask"))
         return put(self._inject(embeds)) if self.config.site == "embeds" else None
 
     def _at_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._eagerly(self._edit_output, output) if self._listening else None
+        return self._eagerly(self._edit_output, output) if self._in_forward else None
 
     def _edit_output(self, output: Any) -> Any:
         hidden, put = self.host.hidden_of(output)
         return put(self._inject(hidden))
 
     def _inject(self, hidden: Tensor) -> Tensor:
-        me = get_ident()
-        turn = self._listening.get(me)
-        if turn is None or turn.waiting is None:
+        thread = get_ident()
+        turn = self._in_forward.get(thread)
+        if turn is None or turn.expected_shape is None:
             return hidden
         hidden = turn.inject(hidden)
         if turn.generating:
-            self._listening.pop(me)  # until the next call with audio
+            self._in_forward.pop(thread)  # until the next call with audio
         return hidden
 
-    def _project(self, output: Tensor) -> None:
+    def _collect_projected(self, output: Tensor) -> None:
         turn = self._current()
         if turn is not None:
             turn.projected.append(output)
-            self._listening[get_ident()] = turn
+            self._in_forward[get_ident()] = turn
 
     def _current(self) -> Turn | None:
         """The turn of this thread; ``generate`` may run parts of the model without the whole."""
-        me = get_ident()
-        turn = self._listening.get(me) or self._generating.get(me)
+        thread = get_ident()
+        turn = self._in_forward.get(thread) or self._in_generate.get(thread)
         return turn if self.scopes.current().enabled else None
 
     def _at_encoder(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        under_way = self._listening or self._generating
-        return self._eagerly(self._hear_encoder, output) if under_way else None
+        under_way = self._in_forward or self._in_generate
+        return self._eagerly(self._edit_encoded, output) if under_way else None
 
-    def _hear_encoder(self, output: Any) -> Any:
+    def _edit_encoded(self, output: Any) -> Any:
         # generate runs the encoder before the model, which does not get to see the audio
         turn = self._current()
         if turn is None:
             return None
-        if turn.rounds:
+        if turn.clip_rounds:
             raise HostError(
                 "the encoder ran again in one call, as for audio longer than its window or for "
                 "another temperature; pass one window and one temperature in each call."
             )
-        turn.hear(self.host, *self.host.encoded(output, turn.given))
+        turn.locate_clips(self.host, *self.host.encoded(output, turn.given))
         hidden, put = self.host.hidden_of(output)
         return put(turn.inject(hidden))
 
     def _after_host(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._listening:
-            self._eagerly(self._end)
+        if self._in_forward:
+            self._eagerly(self._end_forward)
 
-    def _end(self) -> None:
-        me = get_ident()
-        turn = self._listening.pop(me, None)
-        if turn is not None and me not in self._generating:
+    def _end_forward(self) -> None:
+        thread = get_ident()
+        turn = self._in_forward.pop(thread, None)
+        if turn is not None and thread not in self._in_generate:
             self._finish(turn)
 
     def _finish(self, turn: Turn) -> None:
@@ -216,37 +216,37 @@ class Hooks:
 
         @wraps(generate)
         def generate_one_turn(*args: Any, **kwargs: Any) -> Any:
-            me, scope = get_ident(), self.scopes.current()
-            if not scope.enabled or not self.attached or me in self._generating:
+            thread, scope = get_ident(), self.scopes.current()
+            if not scope.enabled or not self.attached or thread in self._in_generate:
                 return generate(*args, **kwargs)
             given = self.host.arguments(args, kwargs, generate)
             turn = self._new_turn(scope, given, self.host.batch(given), generating=True)
-            self._listening.pop(me, None)  # left behind by a call that failed
-            self._generating[me] = turn
+            self._in_forward.pop(thread, None)  # left behind by a call that failed
+            self._in_generate[thread] = turn
             try:
                 output = generate(*args, **kwargs)
                 with torch.no_grad():
                     self._finish(turn)
             finally:
-                self._generating.pop(me)
-                self._listening.pop(me, None)
+                self._in_generate.pop(thread)
+                self._in_forward.pop(thread, None)
             return output
 
         generate_one_turn.mal_hooks = self  # type: ignore[attr-defined]
         undo.callback(_replace(model, "generate", generate_one_turn))
 
-    def _watch(self, projector: nn.Module, undo: ExitStack) -> None:
+    def _wrap_projector(self, projector: nn.Module, undo: ExitStack) -> None:
         forward = projector.forward
 
         @wraps(forward)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def collecting(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            if self._listening or self._generating:
-                self._eagerly(self._project, output)
+            if self._in_forward or self._in_generate:
+                self._eagerly(self._collect_projected, output)
             return output
 
         # not a hook: some hosts call the forward of their projector, which passes hooks by
-        undo.callback(_replace(projector, "forward", watched))
+        undo.callback(_replace(projector, "forward", collecting))
 
 
 def is_hooked(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from ..memory import Clips, NeuralMemory, Written, recall, write_rows
 from ..state import MemoryState
 
 
-class Spoken(NamedTuple):
+class ClipRead(NamedTuple):
     """A clip of dialogue ``row``, new or written in an earlier turn, the last of its row or not."""
 
     row: int
@@ -35,7 +35,7 @@ class Spoken(NamedTuple):
 
 
 class Turn:
-    """Reads and collects while the host runs, then commits.
+    """A turn reads and collects while the host runs, then commits.
 
     Args:
         memory: the module that reads and writes.
@@ -61,12 +61,14 @@ class Turn:
         self.projected: list[Tensor] = []  # [..., Dm], audio that is to be found in the embeddings
         self.max_state_norm = math.inf if max_state_norm is None else max_state_norm
         # shape [R, S] of the hidden states that belong to a call with audio and are still to come
-        self.waiting: torch.Size | None = None
-        self.rounds: list[list[Spoken]] = []
+        self.expected_shape: torch.Size | None = None
+        self.clip_rounds: list[list[ClipRead]] = []
         self.report = TurnReport(0, memory)
 
-    def hear(self, host: Host, inputs: Mapping[str, Any], mask: Tensor | None = None) -> None:
-        """Notes where the audio of a forward call is. The next :meth:`inject` belongs to it.
+    def locate_clips(
+        self, host: Host, inputs: Mapping[str, Any], mask: Tensor | None = None
+    ) -> None:
+        """The turn notes where the audio of a forward call is, for the next :meth:`inject`.
 
         Args:
             host: what is called.
@@ -84,8 +86,8 @@ class Turn:
                 f"ids has {len(self.dialogue.ids)} dialogues {list(self.dialogue.ids)}, but this "
                 f"call has a batch of {batch} rows; open dialogue() with one id per row."
             )
-        keep = self.dialogue is not None
-        rows = host.clips(inputs, fingerprints=keep or shape[0] != batch, mask=mask)
+        compared = self.dialogue is not None or shape[0] != batch
+        rows = host.clips(inputs, fingerprints=compared, mask=mask)
         self.repeats = max(1, shape[0] // batch)
         clips = rows[:: self.repeats]
         if rows != [clips[r // self.repeats] for r in range(self.repeats * batch)]:
@@ -95,14 +97,14 @@ class Turn:
                 "up several clips of one prompt. Use num_beams=1 and num_return_sequences=1, or "
                 "one clip per prompt."
             )
-        if host.spec.streaming and self.rounds:
-            self._go_on(clips)
+        if host.spec.streaming and self.clip_rounds:
+            self._continue_clips(clips)
         else:
-            self._open(clips)
-        self.waiting = shape
+            self._plan_rounds(clips)
+        self.expected_shape = shape
 
-    def find(self, host: Host, embeds: Tensor, attention: Any) -> None:
-        """Hears ``embeds`` ``[R, S, Dm]`` where they are the audio that was projected.
+    def locate_projected(self, host: Host, embeds: Tensor, attention: Any) -> None:
+        """The clips are where ``embeds`` ``[R, S, Dm]`` are what the projector returned.
 
         Raises:
             HostError: nowhere.
@@ -115,39 +117,41 @@ class Turn:
                 "the decoder is given; name the module after which the host does not change them "
                 "any more in HostSpec(projector=...)."
             )
-        self.hear(host, {"inputs_embeds": embeds, "attention_mask": attention}, mask)
+        self.locate_clips(host, {"inputs_embeds": embeds, "attention_mask": attention}, mask)
 
-    def _open(self, clips: list[list[Clip]]) -> None:
-        """Looks up what each row remembers, which clips are new, and in what order they come."""
+    def _plan_rounds(self, clips: list[list[Clip]]) -> None:
+        """The turn looks up what each row remembers, which clips are new, and their order."""
         batch = len(clips)
         speakers = self.dialogue.speakers if self.dialogue else (None,) * batch
         self.past = [EMPTY] * batch
         if self.dialogue:
             self.past = [self.dialogue.store.latest(name) for name in self.dialogue.ids]
         # one memory to read per row comes first, then the shared ones that are only written
-        shared = [(row, None) for row, who in enumerate(speakers) if who is not None]
+        shared = [(row, None) for row, speaker in enumerate(speakers) if speaker is not None]
         self.slots: list[tuple[int, str | None]] = [*enumerate(speakers), *shared]
-        self.rounds = [[]]
-        self.marks: list[tuple[int | None, ...]] = []
-        for row, (mine, past) in enumerate(zip(clips, self.past, strict=True)):
-            marks = tuple(clip.fingerprint for clip in mine)
-            known = past.resent(marks)
-            self.marks.append(marks[known:])
-            for j, clip in enumerate(mine):
+        self.clip_rounds = [[]]
+        self.new_fingerprints: list[tuple[int | None, ...]] = []
+        for row, (clips_of_row, past) in enumerate(zip(clips, self.past, strict=True)):
+            fingerprints = tuple(clip.fingerprint for clip in clips_of_row)
+            known = past.resent(fingerprints)
+            self.new_fingerprints.append(fingerprints[known:])
+            for j, clip in enumerate(clips_of_row):
                 # clips of earlier turns read what is remembered now, with the first new one
                 turn = max(0, j - known)
-                self.rounds += [[] for _ in range(turn + 1 - len(self.rounds))]
-                self.rounds[turn].append(Spoken(row, clip, j >= known, j + 1 == len(mine)))
+                self.clip_rounds += [[] for _ in range(turn + 1 - len(self.clip_rounds))]
+                self.clip_rounds[turn].append(
+                    ClipRead(row, clip, j >= known, j + 1 == len(clips_of_row))
+                )
         self.report, self.pending = TurnReport(batch, self.memory), list[tuple[int, Tensor]]()
 
-    def _go_on(self, clips: list[list[Clip]]) -> None:
+    def _continue_clips(self, clips: list[list[Clip]]) -> None:
         """The next positions of the clips of a streaming host."""
         if self.repeats > 1:
             raise HostError(
                 "beams and num_return_sequences part the rows of a streaming host, of which each "
-                "hears all that is generated; use num_beams=1 and num_return_sequences=1."
+                "is given all that is generated; use num_beams=1 and num_return_sequences=1."
             )
-        self.rounds = [[Spoken(r, clip, True, True) for r, (clip,) in enumerate(clips)]]
+        self.clip_rounds = [[ClipRead(r, clip, True, True) for r, (clip,) in enumerate(clips)]]
 
     def inject(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[R, S, Dm]`` with the residual at its audio tokens; the rest bit for bit.
@@ -165,27 +169,27 @@ class Turn:
                 f"hidden states are {str(kind)[:80]}; pass a floating point tensor of {width} "
                 "features."
             )
-        if hidden.shape[:-1] == self.waiting and hidden.shape[-1] != width:
+        if hidden.shape[:-1] == self.expected_shape and hidden.shape[-1] != width:
             raise HostError(
                 f"hidden states are {list(hidden.shape)}, but the adapter is for {width} features; "
                 "attach it to a host of its kind."
             )
-        if hidden.shape[:-1] != self.waiting:
+        if hidden.shape[:-1] != self.expected_shape:
             raise HostError(
-                f"hidden states are {list(hidden.shape)} for input_ids {list(self.waiting or ())}: "
-                "the host changed the length of the prompt. Let the processor expand it to one "
-                "placeholder per audio token."
+                f"hidden states are {list(hidden.shape)} for input_ids "
+                f"{list(self.expected_shape or ())}: the host changed the length of the prompt. "
+                "Let the processor expand it to one placeholder per audio token."
             )
-        self.waiting = None
+        self.expected_shape = None
         self.state = self._states(hidden.device)
         original = hidden
-        for spoken in filter(None, self.rounds):
-            new = [x for x in spoken if x.new]
+        for clips in filter(None, self.clip_rounds):
+            new = [x for x in clips if x.new]
             writes = [(x, 0, slot) for x in new if not x.last for slot in self._slots_of(x.row)]
             hidden, written = recall(
                 self.memory,
                 hidden,
-                self._clips([(x, i, x.row) for x in spoken for i in range(self.repeats)], hidden),
+                self._clips([(x, i, x.row) for x in clips for i in range(self.repeats)], hidden),
                 self.state,
                 to_write=self._clips(writes, hidden),
                 max_norm=self.max_state_norm,
@@ -207,12 +211,12 @@ class Turn:
             HostError: the host ran without passing the site.
             StoreError: see :meth:`DialogueStore.commit`.
         """
-        if self.waiting is not None or self.projected:
+        if self.expected_shape is not None or self.projected:
             raise HostError(
                 "the host was given audio but no hidden states passed the site of the adapter; "
                 "name the right decoder in HostSpec(decoder=...)."
             )
-        if not self.rounds:
+        if not self.clip_rounds:
             return None
         if self.dialogue is not None and self.pending:
             snapshots = self._snapshots(self.dialogue, self._write_last())
@@ -224,13 +228,13 @@ class Turn:
         """Every dialogue of the batch after the turn, so that undo takes back one turn of each."""
         states = _rows(state)
         snapshots = {}
-        for row, (name, past, marks) in enumerate(
-            zip(dialogue.ids, self.past, self.marks, strict=True)
+        for row, (name, past, fingerprints) in enumerate(
+            zip(dialogue.ids, self.past, self.new_fingerprints, strict=True)
         ):
-            mine = self._slots_of(row) if marks else []
+            slots = self._slots_of(row) if fingerprints else []
             # a copy, that does not keep the states of the whole batch alive
-            written = {self.slots[slot][1]: states[slot].map(torch.clone) for slot in mine}
-            snapshots[name] = Snapshot({**past.states, **written}, past.clips + marks)
+            written = {self.slots[slot][1]: states[slot].map(torch.clone) for slot in slots}
+            snapshots[name] = Snapshot({**past.states, **written}, past.clips + fingerprints)
         return snapshots
 
     def _slots_of(self, row: int) -> list[int]:
@@ -240,7 +244,7 @@ class Turn:
         """One row per slot."""
         if self.dialogue is None:
             return self.memory.initial_state(len(self.slots)).to(device)
-        keys = [(self.past[row], who) for row, who in self.slots]
+        keys = [(self.past[row], speaker) for row, speaker in self.slots]
         return self.dialogue.store.rows(keys, device)
 
     def _write_last(self) -> MemoryState:
@@ -271,7 +275,7 @@ class Turn:
             self.report.skipped_by_row[self.slots[slot][0]] += not ok
         return written.state
 
-    def _clips(self, clips: Sequence[tuple[Spoken, int, int]], hidden: Tensor) -> Clips:
+    def _clips(self, clips: Sequence[tuple[ClipRead, int, int]], hidden: Tensor) -> Clips:
         """Clips in one copy of their row of ``hidden`` ``[R, S, Dm]``, each with a slot."""
         table = [
             ((x.row * self.repeats + copy) * hidden.shape[1] + x.clip.start, x.length, slot)
@@ -280,10 +284,10 @@ class Turn:
         columns = torch.tensor(table, dtype=torch.int64).view(-1, 3).unbind(1)
         return Clips.of(*columns).to(hidden.device)
 
-    def _tokens(self, spoken: Sequence[Spoken], hidden: Tensor) -> Sequence[Tensor]:
+    def _tokens(self, clips: Sequence[ClipRead], hidden: Tensor) -> Sequence[Tensor]:
         """The tokens ``[T, Dm]`` of each clip, from the first copy of its row."""
-        tokens = self._clips([(x, 0, x.row) for x in spoken], hidden).tokens(hidden)
-        return tokens.split([x.length for x in spoken])
+        tokens = self._clips([(x, 0, x.row) for x in clips], hidden).tokens(hidden)
+        return tokens.split([x.length for x in clips])
 
 
 def _rows(state: MemoryState) -> list[MemoryState]:

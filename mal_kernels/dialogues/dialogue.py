@@ -53,7 +53,7 @@ class Dialogue:
                 f"ids is {ids!r} with a repeated id, but each row writes its own dialogue; put the "
                 "turns of one dialogue into one prompt, or into one call after the other."
             )
-        if not all(who is None or isinstance(who, str) for who in self.speakers) or len(
+        if not all(x is None or isinstance(x, str) for x in self.speakers) or len(
             self.speakers
         ) != len(self.ids):
             raise ArgumentError(
@@ -76,7 +76,7 @@ class Dialogue:
         self.store.undo(self.ids)
 
     def reset(self) -> None:
-        """Forgets all that was said in these dialogues."""
+        """The turns of these dialogues are forgotten."""
         self.store.forget(self.ids)
 
     def detach(self) -> None:
@@ -85,5 +85,5 @@ class Dialogue:
 
 
 def _tuple(names: Any) -> tuple[Any, ...]:
-    """Of a list or tuple; empty, which is refused, of anything else."""
+    """A list or tuple as a tuple; an empty one, which is refused, for anything else."""
     return tuple(names) if isinstance(names, (list, tuple)) else ()

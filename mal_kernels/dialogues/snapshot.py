@@ -43,7 +43,7 @@ class Snapshot(NamedTuple):
 
     def detach(self) -> Snapshot:
         """The same values cut from the autograd graph."""
-        return self._replace(states={who: s.detach() for who, s in self.states.items()})
+        return self._replace(states={speaker: s.detach() for speaker, s in self.states.items()})
 
 
 EMPTY = Snapshot({}, ())
@@ -82,7 +82,9 @@ def unpack_dialogues(
     tensors, header = read_tensors(source, KIND, expected, name)
     rows = _rows(tensors, len(like.weights))
     return {
-        entry["id"]: Snapshot({who: next(rows) for who in entry["speakers"]}, tuple(entry["clips"]))
+        entry["id"]: Snapshot(
+            {speaker: next(rows) for speaker in entry["speakers"]}, tuple(entry["clips"])
+        )
         for entry in header["dialogues"]
     }
 
@@ -97,12 +99,12 @@ def _rows(tensors: Mapping[str, torch.Tensor], layers: int) -> Iterator[MemorySt
         yield MemoryState(weights, momentum)
 
 
-def _check_config(name: str, saved: object, mine: dict[str, Any]) -> None:
+def _check_config(name: str, saved: object, ours: dict[str, Any]) -> None:
     theirs = saved if isinstance(saved, dict) else {}
     differs = [
-        f"{field} is {theirs.get(field)!r} there and {mine.get(field)!r} here"
-        for field in sorted(mine.keys() | theirs.keys())
-        if theirs.get(field) != mine.get(field)
+        f"{field} is {theirs.get(field)!r} there and {ours.get(field)!r} here"
+        for field in sorted(ours.keys() | theirs.keys())
+        if theirs.get(field) != ours.get(field)
     ]
     if differs:
         raise CheckpointError(
@@ -124,7 +126,7 @@ def _entries(name: str, entries: Any) -> list[dict[str, Any]]:
             isinstance(entry, dict)
             and isinstance(entry.get("id"), str)
             and isinstance(entry.get("speakers"), list)
-            and all(who is None or isinstance(who, str) for who in entry["speakers"])
+            and all(speaker is None or isinstance(speaker, str) for speaker in entry["speakers"])
             and len(set(entry["speakers"])) == len(entry["speakers"])
             and isinstance(entry.get("clips"), list)
             and all(clip is None or type(clip) is int for clip in entry["clips"])

@@ -26,7 +26,7 @@ class _History(NamedTuple):
 
     @classmethod
     def of(cls, snapshots: Sequence[Snapshot]) -> _History:
-        # a speaker who was silent has the same state in several snapshots
+        # a silent speaker has the same state in several snapshots
         states = {id(state): state for x in snapshots for state in x.states.values()}
         return cls(tuple(snapshots), sum(state.nbytes for state in states.values()))
 
@@ -129,11 +129,11 @@ class DialogueStore:
         where = f"dialogue {dialogue!r} in the backing store"
         now = None if stored is None else revision(stored, where)
         with self._lock:
-            mine = self._histories.get(dialogue, UNKNOWN)
-            if self.backing is None or mine.snapshots[-1].revision == now:
+            history = self._histories.get(dialogue, UNKNOWN)
+            if self.backing is None or history.snapshots[-1].revision == now:
                 if dialogue in self._histories:
                     self._histories.move_to_end(dialogue)
-                return mine
+                return history
             if stored is None:  # erased by another process
                 self._histories.pop(dialogue, None)
                 return UNKNOWN
@@ -143,9 +143,9 @@ class DialogueStore:
                     f"{where} is that of {list(found)}; the store is damaged. Forget the dialogue, "
                     "or restore the store from a copy."
                 )
-            history = _History.of([found[dialogue]._replace(revision=now)])
-            self._keep({dialogue: history})
-            return history
+            fetched = _History.of([found[dialogue]._replace(revision=now)])
+            self._keep({dialogue: fetched})
+            return fetched
 
     def _like(self) -> MemoryState:
         return self.initial_state(1).detach().to("cpu")
@@ -154,7 +154,7 @@ class DialogueStore:
         self, keys: Sequence[tuple[str, str | None]], device: torch.device | None = None
     ) -> MemoryState:
         """The states of ``(dialogue, speaker)`` keys as rows; initial where nothing was said."""
-        return self.rows([(self.latest(name), who) for name, who in keys], device)
+        return self.rows([(self.latest(name), speaker) for name, speaker in keys], device)
 
     def rows(
         self, keys: Sequence[tuple[Snapshot, str | None]], device: torch.device | None = None
@@ -162,7 +162,7 @@ class DialogueStore:
         """The states of speakers in snapshots, as :meth:`gather`."""
         fresh = self.initial_state(1)
         device = device or fresh.weights[0].device
-        states = [snapshot.states.get(who, fresh) for snapshot, who in keys]
+        states = [snapshot.states.get(speaker, fresh) for snapshot, speaker in keys]
         return MemoryState.cat([state.to(device) for state in states])
 
     def commit(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Clip(NamedTuple):
-    """One run of audio tokens of a row: positions ``start..stop-1`` and a hash of what was heard.
+    """One run of audio tokens of a row: positions ``start..stop-1`` and a hash of its audio.
 
     ``fingerprint`` is ``None`` where clips and audio features do not match one to one.
     """
@@ -25,12 +25,12 @@ def runs_of(audio: Tensor, attention: Any) -> tuple[list[tuple[int, int, int]], 
     edges = torch.nn.functional.pad(audio.int(), (1, 1)).diff(dim=1)  # [R, S+1]
     row, start = (edges == 1).nonzero(as_tuple=True)
     stop = (edges == -1).nonzero(as_tuple=True)[1]
-    heard = torch.ones_like(row)
+    attended = torch.ones_like(row)
     if isinstance(attention, Tensor) and attention.dim() == 2:
         # with a cache the attention mask is longer than what is new
-        heard = attention[:, -audio.shape[1] :].to(audio.device)[row, start] != 0
+        attended = attention[:, -audio.shape[1] :].to(audio.device)[row, start] != 0
     # one transfer from the device
-    table = torch.stack([row, start, stop, heard.to(row.dtype)], 1).tolist()
+    table = torch.stack([row, start, stop, attended.to(row.dtype)], 1).tolist()
     return [(r, a, b) for r, a, b, _ in table], [bool(h) for *_, h in table]
 
 

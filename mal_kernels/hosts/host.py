@@ -23,7 +23,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by place, and b
 class Host:
     """A model together with what its spec found in it.
 
-    ``model`` is the part of the ``whole`` that hears and answers, mostly all of it; ``decoder`` is
+    ``model`` is the part of the ``whole`` that is prompted, mostly all of it; ``decoder`` is
     the encoder, where text attends to one.
     """
 
@@ -241,13 +241,13 @@ class Host:
 
         Args:
             inputs: arguments of the call.
-            fingerprints: whether to look at what is heard.
+            fingerprints: whether to hash the audio of each clip.
             mask: which positions are audio, if not those of the audio token.
 
         Raises:
             HostError: one placeholder per clip instead of one per audio token, or as :meth:`audio`.
         """
-        runs, heard = runs_of(self.audio(inputs, mask), inputs.get("attention_mask"))
+        runs, attended = runs_of(self.audio(inputs, mask), inputs.get("attention_mask"))
         if mask is None and runs and all(b - a < self.spec.min_clip_tokens for _, a, b in runs):
             raise HostError(
                 f"input_ids has {len(runs)} clips of one audio placeholder each; let the "
@@ -265,8 +265,8 @@ class Host:
             prints = [fingerprint(embeds[r : r + 1, a:b])[0] for r, a, b in runs]
         shape = self.shape(inputs) or (0,)
         clips: list[list[Clip]] = [[] for _ in range(shape[0])]
-        for (r, a, b), is_heard, mark in zip(runs, heard, prints, strict=True):
-            if is_heard:
+        for (r, a, b), is_attended, mark in zip(runs, attended, prints, strict=True):
+            if is_attended:
                 clips[r].append(Clip(a, b, mark))
         return clips
 

@@ -92,8 +92,8 @@ def cut_at_frames(
 ) -> Sequence[Any]:
     """``audio_input_ids`` ``[B, frames, codebooks]``: a frame for each token, row after row."""
     codes, mask = inputs["audio_input_ids"], inputs.get("audio_input_ids_mask")
-    heard = codes.flatten(0, 1) if mask is None else codes[mask.bool()]  # [N, codebooks]
-    return torch.split(heard, list(tokens)) if len(heard) == sum(tokens) else ()
+    frames = codes.flatten(0, 1) if mask is None else codes[mask.bool()]  # [N, codebooks]
+    return torch.split(frames, list(tokens)) if len(frames) == sum(tokens) else ()
 
 
 def no_mask(model: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]) -> None:
@@ -127,11 +127,11 @@ class HostSpec:
 
     Args:
         model_type: ``config.model_type`` of the host, or any name if there is ``recognise``.
-        audio_inputs: arguments of ``forward`` that carry audio; the first says what is heard.
+        audio_inputs: arguments of ``forward`` that carry audio; a clip is known again by the first.
         audio_token: path of the audio token id inside ``config``, or of several; ``None`` for a
             language model that is given audio as ``inputs_embeds``, under
             :meth:`MALAdapter.audio_mask`.
-        root: path of the part that hears and answers, if it is not the whole model.
+        root: path of the part that is prompted, if it is not the whole model.
         encoder: path of an encoder whose output text attends to. All of it is audio, a clip per
             row, and the only site; what follows is not looked at.
         encoder_mask: returns which positions ``[R, T]`` are not padding, or ``None`` for all, from
@@ -150,7 +150,7 @@ class HostSpec:
         last_layer: returns the last layer index at which a residual still has an effect.
         min_clip_tokens: a prompt in which all clips are shorter is taken for one that the processor
             did not expand.
-        features: returns what is heard of each clip, in order, from the arguments of a call, the
+        features: returns the audio of each clip, in order, from the arguments of a call, the
             spec and the number of tokens of each clip.
         width: path, inside the model, of the width of a site that has no ``config``.
         recognise: tells whether a model is this host, if its ``model_type`` does not.
