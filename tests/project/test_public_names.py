@@ -1,4 +1,4 @@
-"""Names, operators and files that others rely on are those of version 0.1.0."""
+"""Names, operators and files that others rely on are those of version 0.1.0, and MissingPackage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ NAMES = {
     "mal_kernels": [
         *("ArgumentError", "AudioFileError", "BackendUnavailable", "CheckpointError"),
         *("Dialogue", "DialogueStore", "HostError", "HostSpec", "MALAdapter", "MALConfig"),
-        *("MALError", "MemoryState", "NeuralMemory", "StoreError", "TurnReport", "ops"),
+        *("MALError", "MemoryState", "MissingPackage", "NeuralMemory", "StoreError", "TurnReport"),
+        "ops",
         "register_host",
     ],
     "mal_kernels.ops": [
