@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .call import chunk_counts
+
 
 class Grid(NamedTuple):
     """Tokens of all rows laid on ``[N, chunks · size]`` slots, each row shifted by its position.
@@ -47,7 +49,7 @@ class Grid(NamedTuple):
         filled = (slots >= start.unsqueeze(1)) & (slots < (start + lengths).unsqueeze(1))
         is_full = all(n == chunks * width for n in counted)
         slot = None if is_full else filled.flatten().nonzero()[:, 0]
-        counts = torch.clamp(-(-lengths // size), min=1)
+        counts = chunk_counts(lengths, size)
         chunk = torch.arange(chunks, device=x.device).unsqueeze(1)
         gate_index = (counts.cumsum(0) - counts) + torch.minimum(chunk, counts - 1)
         heads, holds = x.shape[2], filled.view(len(bounds), chunks, width).transpose(0, 1)
@@ -92,8 +94,3 @@ def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]
         return [(b, 0, x.shape[1]) for b in range(x.shape[0])]
     marks = cu_seqlens.tolist()
     return [(0, begin, end) for begin, end in pairwise(marks)]
-
-
-def n_chunks(tokens: int, chunk_size: int | None) -> int:
-    """Chunk gates of a sequence: one even when it is empty."""
-    return 1 if chunk_size is None else max(1, -(-tokens // chunk_size))

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import ops
+from .call import chunk_counts, n_chunks
 from .config import check_start
 from .ops import MemoryUpdate, ReadParams
 from .reference import RMS_NORM_EPS
@@ -156,7 +157,7 @@ class NeuralMemory(nn.Module):
         if state is None:
             state = self.initial_state(batch)
         size = self.chunk_size or max(tokens, 1)
-        per_row = max(1, -(-tokens // size))
+        per_row = n_chunks(tokens, self.chunk_size)
         position = torch.arange(tokens, device=hidden.device)
         row = torch.arange(batch, device=hidden.device).unsqueeze(1)
         segment = (row * per_row + position // size).flatten()
@@ -268,7 +269,7 @@ class NeuralMemory(nn.Module):
         row = torch.bucketize(token, cu_seqlens[1:], right=True)
         if self.chunk_size is None or self.step == "token":
             return row, len(cu_seqlens) - 1
-        chunks = (-(-cu_seqlens.diff() // self.chunk_size)).clamp(min=1)
+        chunks = chunk_counts(cu_seqlens.diff(), self.chunk_size)
         first = chunks.cumsum(0) - chunks
         return first[row] + (token - cu_seqlens[row]) // self.chunk_size, int(chunks.sum())
 

@@ -39,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grid import Grid, bounds_of, n_chunks
+from .call import n_chunks
+from .grid import Grid, bounds_of
 from .state import MemoryState
 
 LAYER_NORM_EPS = 1e-5  # of residual_norm

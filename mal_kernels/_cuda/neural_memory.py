@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..call import MemoryCall, n_chunks
 from . import library
 
 Fields: TypeAlias = dict[str, Tensor | int | float | None]
@@ -14,77 +15,41 @@ Fields: TypeAlias = dict[str, Tensor | int | float | None]
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
 
 
-class Call(NamedTuple):
-    """A call of the memory; shapes as of :func:`mal_kernels.ops.neural_memory`."""
-
-    q: Tensor | None
-    k: Tensor
-    v: Tensor
-    lr: Tensor
-    momentum: Tensor | None
-    decay: Tensor | None
-    weights: list[Tensor]
-    trace: list[Tensor]
-    anchor: list[Tensor]
-    init: list[Tensor]
-    position: Tensor | None
-    cu_seqlens: Tensor | None
-    chunk_size: int | None
-    step: str
-    activation: str
-    residual_norm: bool
-    max_grad_norm: float | None
-
-    @property
-    def rows(self) -> int:
-        return len(self.weights[0])
-
-    @property
-    def size(self) -> int:
-        """Tokens of a chunk."""
-        return self.chunk_size or max(self.k.shape[1], 1)
-
-    def lengths(self) -> Tensor:
-        """``[rows]`` int64: tokens of each row."""
-        if self.cu_seqlens is not None:
-            return self.cu_seqlens.diff().long()
-        return torch.full((self.rows,), self.k.shape[1], device=self.k.device)
-
-    def fields(self) -> Fields:
-        """The fields of ``mal_memory_call``."""
-        c, (rows, heads, dim, hidden) = self, self.weights[0].shape
-        return dict(
-            dtype=library.DTYPES[c.k.dtype],
-            rows=rows,
-            T=c.k.shape[1],
-            H=heads,
-            D=dim,
-            E=hidden,
-            chunk_size=min(c.size, 2**30),
-            chunk_gates=max(-(-c.k.shape[1] // c.size), 1),
-            token_steps=c.step == "token",
-            activation=ACTIVATIONS[c.activation],
-            max_grad_norm=float(c.max_grad_norm or 0),
-            q=None if c.q is None else c.q.contiguous(),
-            k=c.k.contiguous(),
-            v=c.v.contiguous(),
-            lr=c.lr.float().contiguous(),
-            momentum=None if c.momentum is None else c.momentum.float().contiguous(),
-            decay=None if c.decay is None else c.decay.float().contiguous(),
-            cu_seqlens=None if c.cu_seqlens is None else c.cu_seqlens.long().contiguous(),
-            first_gate=first_gates(c.cu_seqlens, c.size) if c.step == "chunk" else None,
-            position=None if c.position is None else c.position.contiguous(),
-            **state_fields("weights", c.weights, c.residual_norm),
-            **state_fields("trace", c.trace, c.residual_norm),
-            **state_fields("anchor", c.anchor, c.residual_norm),
-            **state_fields("init", c.init, c.residual_norm),
-        )
+def call_fields(c: MemoryCall) -> Fields:
+    """The fields of ``mal_memory_call``."""
+    rows, heads, dim, hidden = c.weights[0].shape
+    return dict(
+        dtype=library.DTYPES[c.k.dtype],
+        rows=rows,
+        T=c.k.shape[1],
+        H=heads,
+        D=dim,
+        E=hidden,
+        chunk_size=min(c.size, 2**30),
+        chunk_gates=n_chunks(c.k.shape[1], c.size),
+        token_steps=c.step == "token",
+        activation=ACTIVATIONS[c.activation],
+        max_grad_norm=float(c.max_grad_norm or 0),
+        q=None if c.q is None else c.q.contiguous(),
+        k=c.k.contiguous(),
+        v=c.v.contiguous(),
+        lr=c.lr.float().contiguous(),
+        momentum=None if c.momentum is None else c.momentum.float().contiguous(),
+        decay=None if c.decay is None else c.decay.float().contiguous(),
+        cu_seqlens=None if c.cu_seqlens is None else c.cu_seqlens.long().contiguous(),
+        first_gate=c.first_gates() if c.step == "chunk" else None,
+        position=None if c.position is None else c.position.contiguous(),
+        **state_fields("weights", c.weights, c.residual_norm),
+        **state_fields("trace", c.trace, c.residual_norm),
+        **state_fields("anchor", c.anchor, c.residual_norm),
+        **state_fields("init", c.init, c.residual_norm),
+    )
 
 
 def memory_fwd(
-    call: Call,
+    call: MemoryCall,
     *,
-    keeps: bool,
+    keeps: bool | None = None,
     tiles: tuple[list[Tensor], list[Tensor], Tensor | None] = ([], [], None),
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """Output, surprise, next weights, momentum, anchor and position.
@@ -94,6 +59,7 @@ def memory_fwd(
     row's first tile.
     """
     k, norm = call.k, call.residual_norm
+    keeps = call.keeps_position if keeps is None else keeps
     new_weights, new_trace = ([w.new_empty(w.shape) for w in call.weights] for _ in range(2))
     # where no row opens a chunk, the anchor stays what it was
     anchor = call.anchor or call.weights
@@ -103,7 +69,7 @@ def memory_fwd(
     library.launch(
         "mal_neural_memory_fwd",
         k.device,
-        **call.fields(),
+        **call_fields(call),
         **state_fields("new_weights", new_weights, norm),
         **state_fields("new_trace", new_trace, norm),
         **state_fields("new_anchor", new_anchor if keeps else [], norm),
@@ -116,9 +82,7 @@ def memory_fwd(
     result = (output, surprise, new_weights, new_trace)
     if not keeps:
         return *result, [], k.new_empty(0, dtype=torch.int64)
-    # where each row stands in its chunk after its last token
-    start = 0 if call.position is None else call.position
-    return *result, new_anchor, (call.lengths() + start) % call.size
+    return *result, new_anchor, call.next_position()
 
 
 def state_fields(name: str, tensors: list[Tensor], residual_norm: bool) -> Fields:
@@ -126,11 +90,3 @@ def state_fields(name: str, tensors: list[Tensor], residual_norm: bool) -> Field
     *layers, gain = [x.contiguous() for x in tensors] + [None] * (not residual_norm or not tensors)
     first, last = ([None] * 2 + layers)[-2:]
     return {f"{name}_first": first, f"{name}_last": last, f"{name}_gain": gain}
-
-
-def first_gates(cu_seqlens: Tensor | None, size: int) -> Tensor | None:
-    """``[N]``: each ragged row's first chunk gate; every row has at least one."""
-    if cu_seqlens is None:
-        return None
-    counts = (-(-cu_seqlens.diff().long() // size)).clamp(min=1)
-    return counts.cumsum(0) - counts

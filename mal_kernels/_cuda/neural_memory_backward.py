@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..call import MemoryCall
 from . import library
-from .neural_memory import Call, Fields, memory_fwd, state_fields
+from .neural_memory import Fields, call_fields, memory_fwd, state_fields
 
 TILE = 64  # tokens, kTokens of csrc/neural_memory.h
 
@@ -31,7 +32,7 @@ def memory_bwd(
     d_weights: list[Tensor],
     d_trace: list[Tensor],
     d_anchor: list[Tensor],
-    call: Call,
+    call: MemoryCall,
 ) -> list[Tensor]:
     """Gradients of the tensors that are given, in order.
 
@@ -50,13 +51,13 @@ def memory_bwd(
     return [*d_queries, *write_bwd(d_surprise, d_weights, d_trace, d_anchor, write, before, read)]
 
 
-def read_bwd(d_output: Tensor, call: Call, before: Tiles, to: Fields) -> Tensor:
+def read_bwd(d_output: Tensor, call: MemoryCall, before: Tiles, to: Fields) -> Tensor:
     """Gradient of the queries; fills what :func:`write_bwd` has to add."""
     d_q = d_output.new_empty(d_output.shape)
     library.launch(
         "mal_causal_read_bwd",
         call.k.device,
-        **call.fields(),
+        **call_fields(call),
         tiles=before.slots,
         **state_fields("tile_weights", before.weights, call.residual_norm),
         **state_fields("tile_trace", before.trace, call.residual_norm),
@@ -68,7 +69,7 @@ def read_bwd(d_output: Tensor, call: Call, before: Tiles, to: Fields) -> Tensor:
     return d_q
 
 
-def read_gradients(call: Call, slots: int) -> Fields:
+def read_gradients(call: MemoryCall, slots: int) -> Fields:
     """The fields of a ``mal_read_gradients``, to be filled; all absent without queries."""
     k, weights, is_deep = call.k, call.weights, len(call.weights) - call.residual_norm == 2
     by_token = call.q is not None and call.step == "token"
@@ -107,7 +108,7 @@ def write_bwd(
     d_weights: list[Tensor],
     d_trace: list[Tensor],
     d_anchor: list[Tensor],
-    call: Call,
+    call: MemoryCall,
     before: Tiles,
     read: Fields,
 ) -> list[Tensor]:
@@ -136,7 +137,7 @@ def write_bwd(
     library.launch(
         "mal_write_bwd",
         k.device,
-        **call.fields(),
+        **call_fields(call),
         **fields["tile_weights"],
         **fields["tile_trace"],
         first_tile=before.first,
@@ -160,7 +161,7 @@ def write_bwd(
     return [d_k, d_v, *d_given, *(w for x in (*d_state, d_init) for w in x)]
 
 
-def tiles(call: Call) -> tuple[Tensor, int]:
+def tiles(call: MemoryCall) -> tuple[Tensor, int]:
     """``[rows]`` int64: each row's first tile among those of all rows; and a bound of their number.
 
     A tile ends where its chunk or its row ends, so besides those of whole chunks a row has at most

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import MemoryCall
 from .memory_read import layers as memory_layers
 from .tiles import (
     activate,
@@ -214,31 +215,15 @@ def is_one_token(k: Tensor, cu_seqlens: Tensor | None) -> bool:
 
 
 def decode_fwd(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    weights: list[Tensor],
-    trace: list[Tensor],
-    anchor: list[Tensor],
-    init: list[Tensor],
-    position: Tensor | None,
-    chunk_size: int | None,
-    step: str,
-    activation: str,
-    residual_norm: bool,
-    max_grad_norm: float | None,
-    *,
-    keeps: bool,
+    call: MemoryCall, *, keeps: bool
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """As :func:`mal_kernels._triton.neural_memory.memory_fwd`, for ``k`` ``[B, 1, H, D]``."""
+    k, weights, init, residual_norm = call.k, call.weights, call.init, call.residual_norm
     rows, _, heads, dim = k.shape
-    tokens = [None if x is None else x.contiguous() for x in (q, k, v, lr, momentum, decay)]
+    tokens = [dense(x) for x in call.tokens]
     new_weights, new_trace, new_anchor = ([w.new_empty(w.shape) for w in weights] for _ in range(3))
-    output = k.new_empty(0 if q is None else k.shape)
-    surprise = weights[0].new_empty(lr.shape)
+    output = k.new_empty(0 if call.q is None else k.shape)
+    surprise = weights[0].new_empty(call.lr.shape)
     offset = k.new_empty(rows if keeps else 0, dtype=torch.int64)
     # the learned initial weights of a module are one for all rows
     shared = bool(init) and all(x.stride(0) == 0 for x in init)
@@ -248,29 +233,29 @@ def decode_fwd(
         first, last, gain = memory_layers(tensors, residual_norm)
         return Layers(first, last, gain)
 
-    states = map(layers, (weights, trace, anchor or weights, target or weights))
+    states = map(layers, (weights, call.trace, call.anchor or weights, target or weights))
     news = map(layers, (new_weights, new_trace, new_anchor))
     if rows * heads:
         decode_fwd_kernel[(rows * heads,)](
-            *(*tokens, *states, dense(position), *news, output, surprise, offset),
-            chunk_size or 1,
+            *(*tokens, *states, dense(call.position), *news, output, surprise, offset),
+            call.chunk_size or 1,
             H=heads,
             D=dim,
             E=weights[len(weights) - residual_norm - 1].shape[2],
             BD=power_of_2(dim),
             BE=16 if dim > 64 else 32,
             DEPTH=len(weights) - residual_norm,
-            ACT=activation,
+            ACT=call.activation,
             RESIDUAL_NORM=residual_norm,
-            CLIPS=max_grad_norm is not None,
-            MAX_NORM=max_grad_norm or 0.0,
-            TOKEN_STEPS=step == "token",
-            READS=q is not None,
-            HAS_MOMENTUM=momentum is not None,
-            HAS_DECAY=decay is not None,
+            CLIPS=call.max_grad_norm is not None,
+            MAX_NORM=call.max_grad_norm or 0.0,
+            TOKEN_STEPS=call.step == "token",
+            READS=call.q is not None,
+            HAS_MOMENTUM=call.momentum is not None,
+            HAS_DECAY=call.decay is not None,
             HAS_INIT=bool(init),
             SHARES_INIT=shared,
-            HAS_POSITION=position is not None,
+            HAS_POSITION=call.position is not None,
             KEEPS_ANCHOR=keeps,
             num_warps=8,
         )
@@ -284,18 +269,18 @@ def _example(
     dim: int, width: int, dtype: torch.dtype = torch.bfloat16, *, depth: int = 2,
     inside: bool = True, residual_norm: bool = False, max_norm: float | None = None,
 ) -> Callable[[], object]:  # fmt: skip
-    def call() -> object:
+    def launch() -> object:
         x, gate = meta(32, 1, 4, dim, dtype=dtype), meta(32, 1, 4)
         weights = [meta(32, 4, dim, width), meta(32, 4, width, dim)][-depth:]
         weights += [meta(32, 4, dim)] if residual_norm else []
-        place = (weights, meta(32, dtype=torch.int64)) if inside else ([], None)
-        anchor, position = place
+        anchor, position = (weights, meta(32, dtype=torch.int64)) if inside else ([], None)
         init = [w[:1].expand_as(w) for w in weights]
-        states = (weights, weights, anchor, init, position)
+        states = (weights, weights, anchor, init, position, None)
         options = (64, "token", "gelu", residual_norm, max_norm)
-        return decode_fwd(x, x, x, gate, gate, gate, *states, *options, keeps=True)
+        call = MemoryCall(x, x, x, gate, gate, gate, *states, *options)
+        return decode_fwd(call, keeps=True)
 
-    return call
+    return launch
 
 
 EXAMPLES = {

@@ -21,12 +21,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise, product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ..call import MemoryCall, n_chunks
 from ..errors import ArgumentError
 from .causal_read import causal_read_fwd_kernel
 from .causal_read_backward import (
@@ -99,48 +100,33 @@ class Layout(NamedTuple):
         return self.chunks > 1 and self.sizes[1] <= self.longest
 
     @classmethod
-    def of(
-        cls,
-        tokens: Tokens,
-        weights: list[Tensor],
-        init: list[Tensor],
-        position: Tensor | None,
-        cu_seqlens: Tensor | None,
-        chunk_size: int | None,
-        step: str,
-        activation: str,
-        residual_norm: bool,
-        max_grad_norm: float | None,
-        *,
-        saves: bool,
-        keeps: bool,
-    ) -> Layout:
-        batch, length, heads, dim = tokens.k.shape
-        rows, depth = weights[0].shape[0], len(weights) - residual_norm
-        width = weights[0].shape[3] if depth == 2 else dim
-        size = chunk_size or max(length, 1)
-        tile, slice_width, warps = tile_rule(length, size, dim, depth, tokens.k.dtype)
+    def of(cls, call: MemoryCall, *, saves: bool, keeps: bool) -> Layout:
+        batch, length, heads, dim = call.k.shape
+        rows, depth, size = call.rows, len(call.weights) - call.residual_norm, call.size
+        width = call.weights[0].shape[3] if depth == 2 else dim
+        position, cu_seqlens = call.position, call.cu_seqlens
+        tile, slice_width, warps = tile_rule(length, size, dim, depth, call.k.dtype)
         per_chunk = triton.cdiv(size, tile)
         columns = length + (0 if position is None else size - 1)
         plain = Static(
             H=heads,
             D=dim,
             E=width,
-            P=sum(w.shape[2:].numel() for w in weights),
+            P=sum(w.shape[2:].numel() for w in call.weights),
             DEPTH=depth,
-            ACT=activation,
-            RESIDUAL_NORM=residual_norm,
-            CLIPS=max_grad_norm is not None,
-            MAX_NORM=max_grad_norm or 0.0,
-            TOKEN_STEPS=step == "token",
-            HAS_MOMENTUM=tokens.momentum is not None,
-            HAS_DECAY=tokens.decay is not None,
-            HAS_INIT=bool(init),
+            ACT=call.activation,
+            RESIDUAL_NORM=call.residual_norm,
+            CLIPS=call.max_grad_norm is not None,
+            MAX_NORM=call.max_grad_norm or 0.0,
+            TOKEN_STEPS=call.step == "token",
+            HAS_MOMENTUM=call.momentum is not None,
+            HAS_DECAY=call.decay is not None,
+            HAS_INIT=bool(call.init),
             HAS_POSITION=position is not None,
             IS_VARLEN=cu_seqlens is not None,
             KEEPS_ANCHOR=keeps,
             SAVES_STATES=saves,
-            READS=tokens.q is not None,
+            READS=call.q is not None,
             ONE_CHUNK=columns <= size,
             BT=tile,
             BD=power_of_2(dim),
@@ -149,84 +135,57 @@ class Layout(NamedTuple):
             GAIN=depth * dim * width,
         )
         slack = 2 if position is None else 2 + per_chunk
-        gates = None
-        if step == "chunk" and cu_seqlens is not None and chunk_size is not None:
-            counts = torch.clamp(-(-cu_seqlens.diff() // size), min=1)
-            gates = counts.cumsum(0) - counts
+        by_chunk = call.step == "chunk" and call.chunk_size is not None
         return cls(
             plain=plain,
             static=plain.constants(),
-            rows=Rows(dense(cu_seqlens), dense(position), gates),
-            sizes=(length, size, rows, 1 if cu_seqlens is not None else -(-length // size) or 1),
+            rows=Rows(dense(cu_seqlens), dense(position), call.first_gates() if by_chunk else None),
+            sizes=(length, size, rows, 1 if cu_seqlens is not None else n_chunks(length, size)),
             grid=rows * heads,
             slots=batch * length * per_chunk // size + rows * slack,
             chunks=max(triton.cdiv(columns, size), 1),
             tiles=columns // size * per_chunk + triton.cdiv(columns % size, tile),
             warps=warps,
             # walking, a program holds more: at this size it would spill
-            longest=0 if dim > 128 and tokens.k.element_size() == 4 else WALKED,
+            longest=0 if dim > 128 and call.k.element_size() == 4 else WALKED,
         )  # fmt: skip
 
 
 def memory_fwd(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    weights: list[Tensor],
-    trace: list[Tensor],
-    anchor: list[Tensor],
-    init: list[Tensor],
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *options: object,
-    keeps: bool,
+    call: MemoryCall, *, keeps: bool | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """Output, surprise, next weights, momentum, anchor and position.
-
-    ``options`` are ``chunk_size, step, activation, residual_norm, max_grad_norm``; anchor and
-    position are empty unless ``keeps``.
-    """
-    if is_one_token(k, cu_seqlens):
-        inputs = (q, k, v, lr, momentum, decay, weights, trace, anchor, init, position)
-        return decode_fwd(*inputs, *options, keeps=keeps)
-    tokens = contiguous(Tokens(q, k, v, lr, momentum, decay))
-    layout = Layout.of(
-        tokens, weights, init, position, cu_seqlens, *options, saves=q is not None, keeps=keeps
-    )
-    states = pack_states(layout, weights, trace, anchor, init)
+    """Output, surprise, next weights, momentum, anchor and position; the last two if ``keeps``."""
+    keeps = call.keeps_position if keeps is None else keeps
+    if is_one_token(call.k, call.cu_seqlens):
+        return decode_fwd(call, keeps=keeps)
+    k, tokens = call.k, contiguous(call)
+    layout = Layout.of(call, saves=call.q is not None, keeps=keeps)
+    states = pack_states(layout, call)
     factors = new_factors(layout, tokens)
     write(layout, tokens, states, factors)
-    output = k.new_empty(0) if q is None else k.new_empty(k.shape)
-    if q is not None:
+    output = k.new_empty(0) if call.q is None else k.new_empty(k.shape)
+    if call.q is not None:
         read(layout, tokens, states, factors, output)
-    n = len(weights[0])
-    kept = unpack(states.weights[3 * n : 4 * n], weights) if keeps else []
-    offset = next_position(layout, k.device) if keeps else k.new_empty(0, dtype=torch.int64)
-    final = [unpack(x[n : 2 * n], weights) for x in (states.weights, states.trace)]
+    n = call.rows
+    kept = unpack(states.weights[3 * n : 4 * n], call.weights) if keeps else []
+    offset = call.next_position() if keeps else k.new_empty(0, dtype=torch.int64)
+    final = [unpack(x[n : 2 * n], call.weights) for x in (states.weights, states.trace)]
     return output, factors.surprise, *final, kept, offset
 
 
-def contiguous(tokens: Tokens) -> Tokens:
-    return Tokens(*(None if x is None else x.contiguous() for x in tokens))
+def contiguous(call: MemoryCall) -> Tokens:
+    return Tokens(*(dense(x) for x in call.tokens))
 
 
-def pack_states(
-    layout: Layout,
-    weights: list[Tensor],
-    trace: list[Tensor],
-    anchor: list[Tensor],
-    init: list[Tensor],
-) -> States:
+def pack_states(layout: Layout, call: MemoryCall) -> States:
     """The numbered states of :mod:`.chunks`, the initial ones and the given anchors filled in."""
+    weights, anchor, init = call.weights, call.anchor, call.init
     n, heads = weights[0].shape[:2]
     count = 4 * n + (layout.slots if layout.plain.SAVES_STATES else 0)
     size = layout.plain.P
     packed_weights, packed_trace = (weights[0].new_empty(count, heads, size) for _ in range(2))
     pack(weights, packed_weights[:n])
-    pack(trace, packed_trace[:n])
+    pack(call.trace, packed_trace[:n])
     if anchor:
         pack(anchor, packed_weights[2 * n : 3 * n])
     target = pack(init, weights[0].new_empty(n, heads, size)) if init else None
@@ -306,17 +265,6 @@ def read(layout: Layout, tokens: Tokens, states: States, factors: Factors, outpu
         )
 
 
-def next_position(layout: Layout, device: torch.device) -> Tensor:
-    """``[N]`` int64: where each row stands in its chunk after its last token."""
-    length, size, n, _ = layout.sizes
-    cu_seqlens, position, _ = layout.rows
-    if cu_seqlens is None:
-        lengths = torch.full((n,), length, dtype=torch.int64, device=device)
-    else:
-        lengths = cu_seqlens.diff().long()
-    return (lengths if position is None else lengths + position) % size
-
-
 def checkpoint_spacing() -> int | None:
     """``MAL_CHECKPOINT_SPACING``: after how many chunks a backward pass keeps a state; None: all.
 
@@ -341,78 +289,55 @@ def memory_bwd(
     d_weights: list[Tensor],
     d_trace: list[Tensor],
     d_anchor: list[Tensor],
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    weights: list[Tensor],
-    trace: list[Tensor],
-    anchor: list[Tensor],
-    init: list[Tensor],
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *options: Any,
+    call: MemoryCall,
 ) -> list[Tensor]:
-    """Gradients of the tensors that are given, in order; arguments as of :func:`memory_fwd`.
+    """Gradients of the tensors that are given, in order.
 
     In segments of :func:`checkpoint_spacing` chunks, from the last to the first: a stream may be
     cut anywhere. Ragged chunk steps, whose chunks end in different places, are one segment.
     """
-    spacing, (chunk_size, step, *_) = checkpoint_spacing(), options
-    tokens, length = Tokens(q, k, v, lr, momentum, decay), k.shape[1]
-    whole = chunk_size is None or (step == "chunk" and cu_seqlens is not None)
-    stride = length if spacing is None or whole else spacing * chunk_size
+    spacing, length = checkpoint_spacing(), call.k.shape[1]
+    whole = call.chunk_size is None or (call.step == "chunk" and call.cu_seqlens is not None)
+    stride = length if spacing is None or whole else spacing * call.chunk_size
     marks = [*range(0, length, stride or 1), length]
     if len(marks) <= 2:
-        given = (*tokens, weights, trace, anchor, init, position, cu_seqlens)
-        return segment_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, *given, *options)
-    gate_tokens = chunk_size if step == "chunk" else 1
-    segments = [segment(tokens, cu_seqlens, *ends, gate_tokens) for ends in pairwise(marks)]
-    states = checkpoints(segments, (weights, trace, anchor, position), init, options)
+        return segment_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, call)
+    segments = checkpointed([segment(call, *ends) for ends in pairwise(marks)])
     d_tokens: list[list[Tensor]] = []
-    d_state, d_init = [d_weights, d_trace, d_anchor], [torch.zeros_like(x) for x in init]
+    d_state, d_init = [d_weights, d_trace, d_anchor], [torch.zeros_like(x) for x in call.init]
     for begin, end in reversed([*pairwise(marks)]):
-        (cut, bounds), (*state, start) = segments.pop(), states.pop()
+        part = segments.pop()
         d_outputs = [x[:, begin:end] if x.numel() else x for x in (d_output, d_surprise)]
-        given = (*cut, *state, init, start, bounds)
-        grads = iter(segment_bwd(*d_outputs, *d_state, *given, *options))
-        d_tokens.append([next(grads) for x in tokens if x is not None])
-        d_state = [[next(grads) for _ in x] for x in state]
+        grads = iter(segment_bwd(*d_outputs, *d_state, part))
+        d_tokens.append([next(grads) for x in call.tokens if x is not None])
+        d_state = [[next(grads) for _ in x] for x in (part.weights, part.trace, part.anchor)]
         d_init = [x + next(grads) for x in d_init]
     joined = [torch.cat(parts, 1) for parts in zip(*reversed(d_tokens), strict=True)]
     return [*joined, *(x for tensors in (*d_state, d_init) for x in tensors)]
 
 
-def segment(
-    tokens: Tokens, cu_seqlens: Tensor | None, begin: int, end: int, gate_tokens: int
-) -> tuple[Tokens, Tensor | None]:
+def segment(call: MemoryCall, begin: int, end: int) -> MemoryCall:
     """What of the arguments lies in ``begin : end`` along T; momentum and decay have coarser T."""
+    gate_tokens = call.chunk_size if call.step == "chunk" else 1
     gates = slice(begin // gate_tokens, triton.cdiv(end, gate_tokens))
     spans = (*(slice(begin, end),) * 4, gates, gates)
-    cut = (x if x is None else x[:, at] for x, at in zip(tokens, spans, strict=True))
-    return Tokens(*cut), None if cu_seqlens is None else cu_seqlens.clamp(begin, end) - begin
+    cut = (x if x is None else x[:, at] for x, at in zip(call.tokens, spans, strict=True))
+    bounds = call.cu_seqlens
+    return call._replace(
+        **Tokens(*cut)._asdict(),
+        cu_seqlens=None if bounds is None else bounds.clamp(begin, end) - begin,
+    )
 
 
-def checkpoints(
-    segments: list[tuple[Tokens, Tensor | None]],
-    state: tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None],
-    init: list[Tensor],
-    options: tuple[Any, ...],
-) -> list[tuple[Any, ...]]:
-    """Weights, momentum, anchor and position before each segment."""
-    *_, position = state
+def checkpointed(segments: list[MemoryCall]) -> list[MemoryCall]:
+    """Each segment from the state that the one before it leaves."""
     # a row that does not begin with a chunk, or not with a segment, is cut inside a chunk
-    keeps = position is not None or segments[0][1] is not None
-    states: list[tuple[Any, ...]] = [state]
-    for cut, bounds in segments[:-1]:
-        *before, start = states[-1]
-        written = memory_fwd(
-            *cut._replace(q=None), *before, init, start, bounds, *options, keeps=keeps
-        )
-        states.append((*written[2:5], written[5] if keeps else None))
-    return states
+    keeps = segments[0].position is not None or segments[0].cu_seqlens is not None
+    for i, call in enumerate(segments[:-1]):
+        _, _, weights, trace, anchor, position = memory_fwd(call._replace(q=None), keeps=keeps)
+        state = dict(weights=weights, trace=trace, anchor=anchor)
+        segments[i + 1] = segments[i + 1]._replace(**state, position=position if keeps else None)
+    return segments
 
 
 def segment_bwd(
@@ -421,40 +346,26 @@ def segment_bwd(
     d_weights: list[Tensor],
     d_trace: list[Tensor],
     d_anchor: list[Tensor],
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    weights: list[Tensor],
-    trace: list[Tensor],
-    anchor: list[Tensor],
-    init: list[Tensor],
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *options: object,
+    call: MemoryCall,
 ) -> list[Tensor]:
     """:func:`memory_bwd`, keeping the state before every tile."""
-    tokens = contiguous(Tokens(q, k, v, lr, momentum, decay))
-    layout = Layout.of(
-        *(tokens, weights, init, position, cu_seqlens, *options), saves=True, keeps=bool(d_anchor)
-    )
-    states = pack_states(layout, weights, trace, anchor, init)
+    tokens, weights = contiguous(call), call.weights
+    layout = Layout.of(call, saves=True, keeps=bool(d_anchor))
+    states = pack_states(layout, call)
     factors = new_factors(layout, tokens)
     write(layout, tokens, states, factors)
     d_output = d_output.contiguous()
     gradients = new_gradients(layout, tokens, d_output)
-    carried = new_carried(layout, d_weights, d_trace, d_anchor, init, anchor)
+    carried = new_carried(layout, d_weights, d_trace, d_anchor, call.init, call.anchor)
     d_q, *results = (None if x is None else x.new_empty(x.shape) for x in tokens)
     results = Results(*results, d_surprise.contiguous())
     if layout.grid:
         backward(layout, tokens, states, factors, gradients, carried, results, d_output, d_q)
     d_tokens = [x for x in (d_q, *results[:5]) if x is not None]
     d_states = [unpack(carried.weights, weights), unpack(carried.trace, weights)]
-    if anchor:
+    if call.anchor:
         d_states.append(unpack(carried.anchor, weights))
-    if init:
+    if call.init:
         d_states.append(unpack(carried.init, weights))
     return [*d_tokens, *(x for state in d_states for x in state)]
 
@@ -589,7 +500,7 @@ def _example(
 ) -> Callable[[], object]:
     """``everything``: ragged rows inside a chunk, a bound on the gradient and decay's target."""
 
-    def call() -> object:
+    def launch() -> object:
         rows, batch, heads = 2, 1 if ragged or everything else 2, 4
         q = meta(batch, tokens, heads, dim, dtype=dtype)
         lr = meta(batch, tokens, heads)
@@ -599,13 +510,13 @@ def _example(
         cu_seqlens = meta(rows + 1, dtype=torch.int64) if ragged or everything else None
         anchor, position = (weights, meta(rows, dtype=torch.int64)) if everything else ([], None)
         init = weights if step == "chunk" or everything else []
-        inputs = (q, q, q, lr, gate, gate, weights, weights, anchor, init, position, cu_seqlens)
         max_norm = 1.0 if step == "chunk" or everything else None
-        options = (chunk_size, step, "gelu", residual_norm, max_norm)
-        forward = memory_fwd(*inputs, *options, keeps=everything)
-        return forward, memory_bwd(q, lr, weights, weights, anchor, *inputs, *options)
+        inputs = (q, q, q, lr, gate, gate, weights, weights, anchor, init, position, cu_seqlens)
+        call = MemoryCall(*inputs, chunk_size, step, "gelu", residual_norm, max_norm)
+        forward = memory_fwd(call, keeps=everything)
+        return forward, memory_bwd(q, lr, weights, weights, anchor, call)
 
-    return call
+    return launch
 
 
 def _all_options(

@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from ..call import chunk_counts
 from ..errors import ArgumentError
 from ..reference import ACTIVATIONS
 from ..state import MemoryState
@@ -114,7 +115,7 @@ def check_chunk_gates(
     """Ragged chunk steps: one gate per chunk of every sequence, at least one a sequence."""
     if cu_seqlens is None or chunk_size is None or not checks_values(cu_seqlens):
         return
-    n = int((-(-cu_seqlens.diff() // chunk_size)).clamp(min=1).sum())
+    n = int(chunk_counts(cu_seqlens.diff(), chunk_size).sum())
     for name, gate in gates.items():
         if gate is not None:
             expect(gate.shape[1] == n, name, f"{gate.shape[1]} chunks", f"{n} for cu_seqlens")

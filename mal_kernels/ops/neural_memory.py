@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import NeuralMemoryOutput, keeps_position
+from ..call import MemoryCall, emptied, n_chunks, refilled, schema, tensors_of
+from ..reference import NeuralMemoryOutput
 from ..state import MemoryState
 from ._backend import fresh, full_precision, memory_limit, resolve
 from ._check import (
@@ -38,61 +39,32 @@ from ._check import (
 )
 
 
-@torch.library.custom_op("mal_kernels::neural_memory", mutates_args=())
-def _forward(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    weights: list[Tensor],
-    trace: list[Tensor],
-    anchor: list[Tensor],
-    init: list[Tensor],
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    step: str,
-    activation: str,
-    residual_norm: bool,
-    max_grad_norm: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    check_gates(lr, momentum, decay)
-    check_bounds(cu_seqlens, k.shape[1])
-    check_index("state.position", position, chunk_size)
-    if step == "chunk":
-        check_chunk_gates(cu_seqlens, chunk_size, momentum=momentum, decay=decay)
+@torch.library.custom_op(
+    "mal_kernels::neural_memory",
+    mutates_args=(),
+    schema=f"({schema(MemoryCall)}, str backend) "
+    "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor)",
+)
+def _forward(*flat):
+    *fields, backend = flat
+    call = MemoryCall(*fields)
+    check_gates(call.lr, call.momentum, call.decay)
+    check_bounds(call.cu_seqlens, call.k.shape[1])
+    check_index("state.position", call.position, call.chunk_size)
+    if call.step == "chunk":
+        gates = dict(momentum=call.momentum, decay=call.decay)
+        check_chunk_gates(call.cu_seqlens, call.chunk_size, **gates)
     if backend == "triton":
         from .._triton.neural_memory import memory_fwd
 
-        return memory_fwd(
-            q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
-            chunk_size, step, activation, residual_norm, max_grad_norm,
-            keeps=keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step),
-        )  # fmt: skip
+        return memory_fwd(call)
     if backend == "cuda":
-        from .._cuda import neural_memory as cuda
+        from .._cuda.neural_memory import memory_fwd
 
-        call = cuda.Call(
-            q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
-            chunk_size, step, activation, residual_norm, max_grad_norm,
-        )  # fmt: skip
-        keeps = keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step)
-        return cuda.memory_fwd(call, keeps=keeps)
-    state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
-    with full_precision(k.device):
-        output, new, surprise = reference.neural_memory(
-            *(q, k, v, lr, momentum, decay, state),
-            chunk_size=chunk_size,
-            step=step,
-            activation=activation,
-            residual_norm=residual_norm,
-            max_grad_norm=max_grad_norm,
-            init=init or None,
-            cu_seqlens=cu_seqlens,
-        )
+        return memory_fwd(call)
+    with full_precision(call.k.device):
+        output, new, surprise = reference.neural_memory(*call[:6], call.state, **call.options)
+    k = call.k
     offset = k.new_empty(0, dtype=torch.int64) if new.position is None else new.position
     # the anchor may be the given weights, and so may the weights if nothing was written
     copy = fresh if k.shape[1] == 0 else Tensor.contiguous
@@ -102,128 +74,60 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q,
-    k,
-    v,
-    lr,
-    momentum,
-    decay,
-    weights,
-    trace,
-    anchor,
-    init,
-    position,
-    cu_seqlens,
-    chunk_size,
-    step,
-    *_,
-):
-    kept = keeps_position(k.shape[1], position, cu_seqlens, chunk_size, step)
-    state, rows = weights[0], weights[0].shape[0]
+def _(*flat):
+    call = MemoryCall(*flat[:-1])
+    kept, k, weights = call.keeps_position, call.k, call.weights
     return (
-        k.new_empty(0) if q is None else q.new_empty(q.shape),
-        state.new_empty(lr.shape),
+        k.new_empty(0) if call.q is None else call.q.new_empty(call.q.shape),
+        weights[0].new_empty(call.lr.shape),
         [w.new_empty(w.shape) for w in weights],
         [w.new_empty(w.shape) for w in weights],
         [w.new_empty(w.shape) for w in weights if kept],
-        k.new_empty(rows if kept else 0, dtype=torch.int64),
+        k.new_empty(call.rows if kept else 0, dtype=torch.int64),
     )
 
 
-@torch.library.custom_op("mal_kernels::neural_memory_bwd", mutates_args=())
-def _backward(
-    d_output: Tensor,
-    d_surprise: Tensor,
-    d_weights: list[Tensor],
-    d_trace: list[Tensor],
-    d_anchor: list[Tensor],
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    weights: list[Tensor],
-    trace: list[Tensor],
-    anchor: list[Tensor],
-    init: list[Tensor],
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    step: str,
-    activation: str,
-    residual_norm: bool,
-    max_grad_norm: float | None,
-    backend: str,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "mal_kernels::neural_memory_bwd",
+    mutates_args=(),
+    schema="(Tensor d_output, Tensor d_surprise, Tensor[] d_weights, Tensor[] d_trace, "
+    f"Tensor[] d_anchor, {schema(MemoryCall)}, str backend) -> Tensor[]",
+)
+def _backward(*flat):
     """Gradients of every tensor given, in order, absent ones left out."""
+    d_output, d_surprise, d_weights, d_trace, d_anchor, *inputs, backend = flat
+    call = MemoryCall(*inputs)
     if backend == "triton":
         from .._triton.neural_memory import memory_bwd
 
-        return memory_bwd(
-            d_output, d_surprise, d_weights, d_trace, d_anchor,
-            q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
-            chunk_size, step, activation, residual_norm, max_grad_norm,
-        )  # fmt: skip
-
+        return memory_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, call)
     if backend == "cuda":
-        from .._cuda.neural_memory import Call
-        from .._cuda.neural_memory_backward import memory_bwd as cuda_bwd
+        from .._cuda.neural_memory_backward import memory_bwd
 
-        call = Call(
-            q, k, v, lr, momentum, decay, weights, trace, anchor, init, position, cu_seqlens,
-            chunk_size, step, activation, residual_norm, max_grad_norm,
-        )  # fmt: skip
-        return cuda_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, call)
-    state = MemoryState(tuple(weights), tuple(trace), tuple(anchor) or None, position)
+        return memory_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, call)
     d_state = MemoryState(tuple(d_weights), tuple(d_trace), tuple(d_anchor) or None)
-    with full_precision(k.device):
-        grads = reference.neural_memory_backward(
-            NeuralMemoryOutput(d_output, d_state, d_surprise),
-            *(q, k, v, lr, momentum, decay, state),
-            chunk_size=chunk_size,
-            step=step,
-            activation=activation,
-            residual_norm=residual_norm,
-            max_grad_norm=max_grad_norm,
-            init=init or None,
-            cu_seqlens=cu_seqlens,
-        )
-    return [fresh(g) for g in grads]
-
-
-def _differentiable(q, k, v, lr, momentum, decay, weights, trace, anchor, init, *_):
-    """The inputs that have a gradient, in order."""
-    tensors = [q, k, v, lr, momentum, decay, *weights, *trace, *anchor, *init]
-    return [t for t in tensors if t is not None]
+    given = NeuralMemoryOutput(d_output, d_state, d_surprise)
+    with full_precision(call.k.device):
+        found = reference.neural_memory_backward(given, *call[:6], call.state, **call.options)
+    return [fresh(g) for g in found]
 
 
 @_backward.register_fake
-def _(d_output, d_surprise, d_weights, d_trace, d_anchor, *inputs):
-    return [t.new_empty(t.shape) for t in _differentiable(*inputs)]
+def _(*flat):
+    call = MemoryCall(*flat[5:-1])
+    return [t.new_empty(t.shape) for t in tensors_of(call.differentiable())]
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.options = inputs[:12], inputs[12:]
-    ctx.lengths = [len(x) if isinstance(x, list) else None for x in tensors]
-    flat = [t for x in tensors for t in (x if isinstance(x, list) else [x])]
-    ctx.save_for_backward(*flat)
+    ctx.save_for_backward(*tensors_of(inputs))
+    ctx.emptied = emptied(inputs)
 
 
-def _autograd(ctx, d_output, d_surprise, d_weights, d_trace, d_anchor, _):
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if n is None else [next(saved) for _ in range(n)] for n in ctx.lengths]
-    grads = iter(
-        _backward(d_output, d_surprise, d_weights, d_trace, d_anchor, *inputs, *ctx.options)
-    )
-
-    def take(x):
-        if isinstance(x, list):
-            return [next(grads) for _ in x]
-        return None if x is None else next(grads)
-
-    return (*map(take, inputs[:10]), *(None,) * (2 + len(ctx.options)))
+def _autograd(ctx, *d_outputs):
+    inputs = refilled(ctx.emptied, ctx.saved_tensors)
+    grads = _backward(*d_outputs[:5], *inputs)
+    d_inputs = refilled(MemoryCall(*inputs[:-1]).differentiable(), grads)
+    return (*d_inputs, *(None,) * (len(inputs) - len(d_inputs)))
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -321,29 +225,35 @@ def neural_memory(
         f"one at a chunk boundary for step={step!r}, chunk_size={chunk_size}",
         "call state.end_chunk()",
     )
-    output, surprise, weights, trace, anchor, position = _forward(
-        *(q, k, v, lr, momentum, decay),
-        *(list(state.weights), list(state.momentum), list(state.anchor or ()), list(init or ())),
-        *(state.position, cu_seqlens),
-        *(chunk_size, step, activation, residual_norm, max_grad_norm),
-        resolve(
-            *(backend, "memory_update" if q is None else "neural_memory", k.device),
-            memory_limit(k.dtype, state.weights, residual_norm),
-            cuda_limit=_cuda_limit(k, state, residual_norm),
-            dtype=k.dtype,
-            features=k.shape[3],
-            tokens=k.shape[0] * k.shape[1],
-        ),
+    call = MemoryCall.of(
+        *((q, k, v, lr, momentum, decay), state),
+        init=init,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        step=step,
+        activation=activation,
+        residual_norm=residual_norm,
+        max_grad_norm=max_grad_norm,
     )
+    name = resolve(
+        *(backend, "memory_update" if q is None else "neural_memory", k.device),
+        memory_limit(k.dtype, call.weights, residual_norm),
+        cuda_limit=_cuda_limit(call),
+        dtype=k.dtype,
+        features=k.shape[3],
+        tokens=k.shape[0] * k.shape[1],
+    )
+    output, surprise, weights, trace, anchor, position = _forward(*call, name)
     new = MemoryState(tuple(weights), tuple(trace))
     if anchor:
         new = new._replace(anchor=tuple(anchor), position=position)
     return NeuralMemoryOutput(output, new, surprise)
 
 
-def _cuda_limit(k: Tensor, state: MemoryState, residual_norm: bool) -> str | None:
+def _cuda_limit(call: MemoryCall) -> str | None:
     """Why the CUDA kernel cannot serve a call."""
-    depth, dim, width = len(state.weights) - residual_norm, k.shape[3], state.weights[0].shape[3]
+    k, weights, depth = call.k, call.weights, len(call.weights) - call.residual_norm
+    dim, width = k.shape[3], weights[0].shape[3]
     if k.dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernel takes float16 and bfloat16 tokens, not {k.dtype}"
     most = 1024 if dim <= 64 else 512  # 16 blocks of a cluster
@@ -360,5 +270,5 @@ def _cuda_limit(k: Tensor, state: MemoryState, residual_norm: bool) -> str | Non
 def _chunk_gates(k: Tensor, cu_seqlens: Tensor | None, chunk_size: int | None) -> int | None:
     """Chunk gates along dim 1; None where their number depends on the values of ``cu_seqlens``."""
     if cu_seqlens is None:
-        return 1 if chunk_size is None else max(1, -(-k.shape[1] // chunk_size))
+        return n_chunks(k.shape[1], chunk_size)
     return len(cu_seqlens) - 1 if chunk_size is None else None

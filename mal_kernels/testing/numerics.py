@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
+from ..call import n_chunks
 from ..state import MemoryState
 
 
@@ -105,8 +106,7 @@ def make_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    per_row = 1 if chunk_size is None else max(1, -(-tokens // chunk_size))
-    rows, counts = batch, [per_row] * batch
+    rows, n = batch, n_chunks(tokens, chunk_size)
     options: dict[str, Any] = dict(
         chunk_size=chunk_size,
         step=step,
@@ -116,9 +116,10 @@ def make_inputs(
     )
     if lengths is not None:
         rows, batch, tokens = len(lengths), 1, sum(lengths)
-        counts = [1 if chunk_size is None else max(1, -(-n // chunk_size)) for n in lengths]
+        n = sum(n_chunks(length, chunk_size) for length in lengths)
         options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-    n = tokens if step == "token" else (sum(counts) if lengths is not None else per_row)
+    if step == "token":
+        n = tokens
 
     q, k, v = (F.normalize(normal(batch, tokens, heads, head_dim), dim=-1) for _ in range(3))
     lr = max_lr * normal(batch, tokens, heads).sigmoid()

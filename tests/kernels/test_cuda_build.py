@@ -14,6 +14,7 @@ import torch
 
 from mal_kernels import BackendUnavailable
 from mal_kernels._cuda import build, library
+from mal_kernels.call import MemoryCall
 from mal_kernels.testing.emulation import is_found
 
 pytestmark = pytest.mark.timeout(900)  # nvcc compiles every kernel three times
@@ -202,8 +203,7 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
     momentum_scan.scan_bwd(x, x, x, x, *inputs)
     state = [torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 5, 4)]
     x = x.half()
-    options = (8, "token", "relu", False, None)
-    call = neural_memory.Call(x, x, x, *[gate] * 3, state, state, [], [], None, None, *options)
+    call = MemoryCall(x, x, x, *[gate] * 3, state, state, [], [], chunk_size=8, activation="relu")
     neural_memory.memory_fwd(call, keeps=False)
     neural_memory_backward.memory_bwd(x, gate, state, state, [], call)
     monkeypatch.setattr(aligned_residual_read, "multiprocessors", lambda _: 132)

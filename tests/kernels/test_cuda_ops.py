@@ -9,6 +9,7 @@ import torch
 
 from mal_kernels import BackendUnavailable, MemoryState, ops, reference
 from mal_kernels._cuda import neural_memory
+from mal_kernels.call import MemoryCall
 from mal_kernels.testing import assert_within_budget, low_precision, make_inputs
 from mal_kernels.testing.emulation import devices
 
@@ -260,10 +261,8 @@ def test_states_before_tiles(device):
     inputs = memory_inputs(tokens=140, chunk_size=130, heads=1, residual_norm=True)
     given = inputs.map(lambda x: x.to(device))
     tiles = [[w.new_full((6, *w.shape[1:]), 7.0) for w in x] for x in given.state[:2]]
-    states = [*map(list, given.state[:2]), [], [], None, None]
     first = torch.ones(1, dtype=torch.int64, device=device)
-    options = inputs.options.values()
-    call = neural_memory.Call(*given[:6], *states, *options)
+    call = MemoryCall.of(given[:6], given.state, **given.options)
     neural_memory.memory_fwd(call, keeps=True, tiles=(*tiles, first))
     for slot, tokens in [(1, 0), (2, 64), (3, 128), (4, 130)]:
         cut = [x[:, :tokens] for x in inputs[:6]]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mal_kernels import ops, reference
+from mal_kernels.call import MemoryCall
 from mal_kernels.testing import make_inputs
 from tests.support.parity import (
     DEVICE,
@@ -114,11 +115,10 @@ def test_one_launch_and_nothing_copied(inside):
     *tokens, state, o = moved(make_inputs(dtype=torch.float32, **case), DEVICE)
     # of a module's learned memory, which is one for all rows
     init = [w[:1].expand_as(w) for w in state.weights]
-    states = (list(state.weights), list(state.momentum), list(state.anchor or ()), init)
-    options = (o["chunk_size"], o["step"], o["activation"], True, o["max_grad_norm"])
+    call = MemoryCall.of(tokens, state, init=init, **o)
 
     def step():
-        return memory_fwd(*tokens, *states, state.position, None, *options, keeps=True)
+        return memory_fwd(call, keeps=True)
 
     step()  # compiles
     with counted_launches() as count:

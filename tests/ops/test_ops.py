@@ -12,6 +12,7 @@ import torch
 from torch.library import opcheck
 
 from mal_kernels import ArgumentError, BackendUnavailable, MemoryState, ops, reference
+from mal_kernels.call import MemoryCall
 from mal_kernels.testing import assert_parity, make_inputs, results
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,13 +56,8 @@ def test_same_bits_twice():
 
 
 def operator_arguments(inputs, reads=True):
-    q, k, v, lr, momentum, decay, state, o = inputs
-    return (
-        *(q if reads else None, k, v, lr, momentum, decay),
-        *(list(state.weights), list(state.momentum), list(state.anchor or ()), o.get("init") or []),
-        *(state.position, o.get("cu_seqlens"), o["chunk_size"], o["step"], o["activation"]),
-        *(o["residual_norm"], o["max_grad_norm"], "reference"),
-    )
+    tokens = [*inputs[:6]] if reads else [None, *inputs[1:6]]
+    return *MemoryCall.of(tokens, inputs.state, **inputs.options), "reference"
 
 
 @pytest.mark.parametrize("grad", [False, True])
