@@ -123,6 +123,42 @@ class MemoryCall(NamedTuple):
         return self[:10]
 
 
+class ReadCall(NamedTuple):
+    """One call of the read ``M(q; W)``."""
+
+    q: Tensor
+    weights: list[Tensor]
+    cu_seqlens: Tensor | None
+    activation: str
+    residual_norm: bool
+
+
+class AlignedCall(NamedTuple):
+    """One call of the aligned read; ``params`` are the fields of a :class:`ReadParams`."""
+
+    hidden: Tensor
+    token_index: Tensor
+    state_index: Tensor
+    weights: list[Tensor]
+    params: list[Tensor]
+    activation: str
+    residual_norm: bool
+
+    def differentiable(self) -> list[Tensor]:
+        """The tensors that have a gradient."""
+        return [self.hidden, *self.weights, *self.params]
+
+
+class ScanCall(NamedTuple):
+    """One call of the scan; ``state`` is weights and momentum, or empty."""
+
+    update: Tensor
+    momentum: Tensor | None
+    decay: Tensor | None
+    state: list[Tensor]
+    cu_seqlens: Tensor | None
+
+
 # --- chunks ---------------------------------------------------------------------------------------
 
 

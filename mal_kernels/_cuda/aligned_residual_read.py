@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..call import AlignedCall
 from . import library
 from .neural_memory import ACTIVATIONS, state_fields
 
@@ -18,23 +19,14 @@ ROWS, COLUMNS, DEPTH = 64, 64, 64
 SPLITS = 16
 
 
-def aligned_fwd(
-    hidden: Tensor,
-    token_index: Tensor,
-    state_index: Tensor,
-    weights: list[Tensor],
-    params: list[Tensor],
-    activation: str,
-    residual_norm: bool,
-    *,
-    in_place: bool = False,
-) -> Tensor:
+def aligned_fwd(call: AlignedCall, *, in_place: bool = False) -> Tensor:
     """``hidden`` ``[B, S, Dm]`` with the residual added at ``token_index``.
 
     A new tensor, the other rows copied; ``in_place`` writes a contiguous ``hidden`` itself.
     """
+    hidden, weights, params = call.hidden, call.weights, call.params
     out = aligned(hidden) if in_place else hidden.clone(memory_format=torch.contiguous_format)
-    tokens, width = len(token_index), hidden.shape[2]
+    tokens, width = len(call.token_index), hidden.shape[2]
     heads, dim = weights[0].shape[1:3]
     # parameters of one dtype: float32, unless all have that of the host
     own = all(p.dtype == hidden.dtype for p in params)
@@ -51,17 +43,17 @@ def aligned_fwd(
         H=heads,
         D=dim,
         E=weights[0].shape[3],
-        activation=ACTIVATIONS[activation],
+        activation=ACTIVATIONS[call.activation],
         splits=splits,
         blocks=blocks,
         hidden=out,
-        token_index=token_index.contiguous(),
-        state_index=state_index.contiguous(),
+        token_index=call.token_index.contiguous(),
+        state_index=call.state_index.contiguous(),
         norm=norm,
         w_q=w_q,
         w_gate=w_gate,
         w_out=w_out,
-        **state_fields("weights", weights, residual_norm),
+        **state_fields("weights", weights, call.residual_norm),
         z=out.new_empty(splits, tokens, 2 * heads * dim, dtype=torch.float32),
         squares=out.new_empty(splits, tokens, dtype=torch.float32),
         a=out.new_empty(tokens, heads * dim),
@@ -98,5 +90,5 @@ def parts(tiles: int, slabs: int, blocks: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU: a block is launched for each."""
+    """How many the GPU has: a block is launched for each."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,27 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..call import ScanCall
 from . import library
 
 FEATURES = 512  # of a block at most: as in csrc/momentum_scan.h
 
 
-def scan_fwd(
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def scan_fwd(call: ScanCall) -> tuple[Tensor, Tensor]:
     """``weights`` and ``momentum`` after every token, float32 in the shape of ``update``."""
-    update = update.contiguous()
+    update = call.update.contiguous()
     weights, trace = (update.new_empty(update.shape, dtype=torch.float32) for _ in range(2))
     library.launch(
         "mal_momentum_scan_fwd",
         update.device,
-        **_sizes(update, cu_seqlens),
+        **_sizes(call),
         update=update,
-        **_gates(momentum, decay, state, cu_seqlens),
+        **_gates(call),
         weights=weights,
         trace=trace,
     )
@@ -33,17 +28,10 @@ def scan_fwd(
 
 
 def scan_bwd(
-    d_weights: Tensor,
-    d_trace: Tensor,
-    weights: Tensor,
-    trace: Tensor,
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
+    d_weights: Tensor, d_trace: Tensor, weights: Tensor, trace: Tensor, call: ScanCall
 ) -> list[Tensor]:
     """Gradients of update, momentum, decay and state, absent ones left out."""
+    update, momentum, decay, state, _ = call
     blocks = -(-update.shape[3:].numel() // FEATURES)
     d_update = update.new_empty(update.shape)
     d_momentum, d_decay = (
@@ -55,13 +43,13 @@ def scan_bwd(
     library.launch(
         "mal_momentum_scan_bwd",
         update.device,
-        **_sizes(update, cu_seqlens),
+        **_sizes(call),
         tokens=update.shape[:2].numel(),
         d_weights=d_weights.contiguous(),
         d_trace=d_trace.contiguous(),
         weights=weights,
         trace=trace,
-        **_gates(momentum, decay, state, cu_seqlens),
+        **_gates(call),
         d_update=d_update,
         d_momentum=d_momentum,
         d_decay=d_decay,
@@ -76,16 +64,15 @@ def scan_bwd(
     return [d_update, *d_gates, *d_state]
 
 
-def _sizes(update: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
-    batch, tokens, heads, *features = update.shape
-    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _sizes(call: ScanCall) -> dict[str, int]:
+    batch, tokens, heads, *features = call.update.shape
+    rows = batch if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     size = torch.Size(features).numel()
-    return dict(dtype=library.DTYPES[update.dtype], rows=rows, T=tokens, H=heads, F=size)
+    return dict(dtype=library.DTYPES[call.update.dtype], rows=rows, T=tokens, H=heads, F=size)
 
 
-def _gates(
-    momentum: Tensor | None, decay: Tensor | None, state: list[Tensor], cu_seqlens: Tensor | None
-) -> dict[str, Tensor | None]:
+def _gates(call: ScanCall) -> dict[str, Tensor | None]:
+    _, momentum, decay, state, cu_seqlens = call
     weights0, trace0 = (x.contiguous() for x in state) if state else (None, None)
     return dict(
         momentum=None if momentum is None else momentum.float().contiguous(),

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import AlignedCall
 from ..errors import ArgumentError
 from .autotune import configurations, fastest
 from .memory_read import layers, memory_read_bwd_w_kernel
@@ -288,29 +289,18 @@ def aligned_bwd_params_kernel(
 # --- launchers ------------------------------------------------------------------------------------
 
 
-def aligned_fwd(
-    hidden: Tensor,
-    token_index: Tensor,
-    state_index: Tensor,
-    weights: list[Tensor],
-    params: list[Tensor],
-    activation: str,
-    residual_norm: bool,
-    *,
-    in_place: bool = False,
-) -> Tensor:
+def aligned_fwd(call: AlignedCall, *, in_place: bool = False) -> Tensor:
     """``hidden`` ``[B, S, Dm]`` with the residual added at ``token_index``.
 
     A new tensor, the other rows copied; ``in_place``, for inference, writes a contiguous ``hidden``
     itself.
     """
-    if in_place and not hidden.is_contiguous():
+    if in_place and not call.hidden.is_contiguous():
         raise ArgumentError("hidden: got a strided tensor, expected a contiguous one for in_place")
+    hidden, token_index, state_index, params = _contiguous(call)
     tokens = token_index.shape[0]
-    hidden, *params = (x.contiguous() for x in (hidden, *params))
-    token_index, state_index = token_index.contiguous(), state_index.contiguous()
-    w1, w2, gain = layers(weights, residual_norm)
-    memory, matrix = _static(hidden, tokens, weights, activation, residual_norm)
+    w1, w2, gain = layers(call.weights, call.residual_norm)
+    memory, matrix = _static(call)
 
     def launch(static: dict[str, Any], out: Tensor | None = None) -> Tensor:
         out = hidden.clone() if out is None else out
@@ -330,23 +320,14 @@ def aligned_fwd(
     )
 
 
-def aligned_bwd(
-    d_output: Tensor,
-    hidden: Tensor,
-    token_index: Tensor,
-    state_index: Tensor,
-    weights: list[Tensor],
-    params: list[Tensor],
-    activation: str,
-    residual_norm: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def aligned_bwd(d_output: Tensor, call: AlignedCall) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of ``hidden``, of every tensor of ``weights`` and of ``params``."""
-    tokens = token_index.shape[0]
-    d_output, hidden, *params = (x.contiguous() for x in (d_output, hidden, *params))
-    token_index, state_index = token_index.contiguous(), state_index.contiguous()
+    hidden, token_index, state_index, params = _contiguous(call)
+    d_output, tokens = d_output.contiguous(), token_index.shape[0]
     norm, w_q, w_gate, w_out = params
+    weights, residual_norm = call.weights, call.residual_norm
     w1, w2, gain = layers(weights, residual_norm)
-    memory, matrix = _static(hidden, tokens, weights, activation, residual_norm)
+    memory, matrix = _static(call)
     # more is alive at once than in forward
     tile = 32 if memory["D"] <= 64 and hidden.itemsize == 2 else 16
     for static in (memory, matrix):
@@ -409,11 +390,16 @@ def _project(
     return z_q, z_g, rms
 
 
-def _static(
-    hidden: Tensor, tokens: int, weights: list[Tensor], activation: str, residual_norm: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _contiguous(call: AlignedCall) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """``hidden``, the two indices and ``params``, without strides."""
+    tensors = (call.hidden, call.token_index, call.state_index)
+    return *(x.contiguous() for x in tensors), [x.contiguous() for x in call.params]
+
+
+def _static(call: AlignedCall) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time arguments and launch options of the kernels of the memory, and of the others."""
-    depth, heads, dim = len(weights) - residual_norm, *weights[0].shape[1:3]
+    hidden, weights, tokens = call.hidden, call.weights, call.token_index.shape[0]
+    depth, heads, dim = len(weights) - call.residual_norm, *weights[0].shape[1:3]
     sizes = tile_sizes(tokens, dim, hidden.dtype)
     if hidden.itemsize == 4:
         sizes.update(BT=16, num_warps=8, num_stages=2)
@@ -422,8 +408,8 @@ def _static(
         D=dim,
         E=weights[0].shape[3],
         DEPTH=depth,
-        ACT=activation,
-        RESIDUAL_NORM=residual_norm,
+        ACT=call.activation,
+        RESIDUAL_NORM=call.residual_norm,
         **sizes,
     )
     inner = heads * dim
@@ -440,16 +426,16 @@ def _example(
     width: int, dim: int, hidden: int, tokens: int, dtype: torch.dtype, *, depth: int = 2,
     residual_norm: bool = False,
 ) -> Callable[[], object]:  # fmt: skip
-    def call() -> object:
+    def launch() -> object:
         x, index = meta(2, 2 * tokens, width, dtype=dtype), meta(tokens, dtype=torch.int64)
         weights = [meta(2, 4, dim, hidden), meta(2, 4, hidden, dim)][-depth:]
         weights += [meta(2, 4, dim)] if residual_norm else []
         inner = 4 * dim
         params = [meta(width), meta(inner, width), meta(inner, width), meta(width, inner)]
-        options = (index, index, weights, params, "gelu", residual_norm)
-        return aligned_fwd(x, *options), aligned_bwd(x, x, *options)
+        call = AlignedCall(x, index, index, weights, params, "gelu", residual_norm)
+        return aligned_fwd(call), aligned_bwd(x, call)
 
-    return call
+    return launch
 
 
 EXAMPLES = {

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import ReadCall
 from .autotune import configurations, fastest
 from .tiles import (
     activate,
@@ -163,17 +164,11 @@ def memory_read_bwd_w_kernel(
             tl.store(p_dgamma + i_w * D + o_d, b_dgamma, mask=o_d < D)
 
 
-def read_fwd(
-    q: Tensor,
-    weights: list[Tensor],
-    cu_seqlens: Tensor | None,
-    activation: str,
-    residual_norm: bool,
-) -> Tensor:
+def read_fwd(call: ReadCall) -> Tensor:
     """``[B, T, H, D]`` in the dtype of ``q``."""
-    q, cu_seqlens = q.contiguous(), dense(cu_seqlens)
-    w1, w2, gain = layers(weights, residual_norm)
-    static = _static(q, w2, weights, cu_seqlens, activation, residual_norm)
+    q, cu_seqlens = call.q.contiguous(), dense(call.cu_seqlens)
+    w1, w2, gain = layers(call.weights, call.residual_norm)
+    static = _static(call)
     out = q.new_empty(q.shape)
 
     def launch(static: dict[str, Any]) -> None:
@@ -186,18 +181,12 @@ def read_fwd(
     return out
 
 
-def read_bwd(
-    d_output: Tensor,
-    q: Tensor,
-    weights: list[Tensor],
-    cu_seqlens: Tensor | None,
-    activation: str,
-    residual_norm: bool,
-) -> tuple[Tensor, list[Tensor]]:
+def read_bwd(d_output: Tensor, call: ReadCall) -> tuple[Tensor, list[Tensor]]:
     """Gradients of ``q`` and of every tensor of ``weights``."""
-    q, d_output, cu_seqlens = q.contiguous(), d_output.contiguous(), dense(cu_seqlens)
+    q, d_output, cu_seqlens = call.q.contiguous(), d_output.contiguous(), dense(call.cu_seqlens)
+    weights, residual_norm = call.weights, call.residual_norm
     w1, w2, gain = layers(weights, residual_norm)
-    static = _static(q, w2, weights, cu_seqlens, activation, residual_norm)
+    static = _static(call)
     rows, tiles = rows_and_tiles(q, cu_seqlens, static["BT"])
     heads, width = q.shape[2], w2.shape[2]
     d_q, d_weights = q.new_empty(q.shape), [w.new_empty(w.shape) for w in weights]
@@ -225,24 +214,18 @@ def layers(weights: list[Tensor], residual_norm: bool) -> tuple[Tensor, Tensor, 
     return first.contiguous(), last.contiguous(), gain
 
 
-def _static(
-    q: Tensor,
-    w2: Tensor,
-    weights: list[Tensor],
-    cu_seqlens: Tensor | None,
-    activation: str,
-    residual_norm: bool,
-) -> dict[str, Any]:
+def _static(call: ReadCall) -> dict[str, Any]:
     """The compile-time arguments that every kernel of the read takes, and its launch options."""
+    depth = len(call.weights) - call.residual_norm
     return dict(
-        H=q.shape[2],
-        D=q.shape[3],
-        E=w2.shape[2],
-        **tile_sizes(q.shape[1], q.shape[3], q.dtype),
-        DEPTH=len(weights) - residual_norm,
-        ACT=activation,
-        RESIDUAL_NORM=residual_norm,
-        IS_VARLEN=cu_seqlens is not None,
+        H=call.q.shape[2],
+        D=call.q.shape[3],
+        E=call.weights[depth - 1].shape[2],
+        **tile_sizes(call.q.shape[1], call.q.shape[3], call.q.dtype),
+        DEPTH=depth,
+        ACT=call.activation,
+        RESIDUAL_NORM=call.residual_norm,
+        IS_VARLEN=call.cu_seqlens is not None,
     )
 
 
@@ -250,15 +233,15 @@ def _example(
     dim: int, width: int, tokens: int, dtype: torch.dtype, *, depth: int = 2, ragged: bool = False,
     residual_norm: bool = False,
 ) -> Callable[[], object]:  # fmt: skip
-    def call() -> object:
+    def launch() -> object:
         q = meta(*((1, tokens) if ragged else (2, tokens)), 4, dim, dtype=dtype)
         weights = [meta(2, 4, dim, width), meta(2, 4, width, dim)][-depth:]
         weights += [meta(2, 4, dim)] if residual_norm else []
         cu_seqlens = meta(3, dtype=torch.int64) if ragged else None
-        options = (cu_seqlens, "gelu", residual_norm)
-        return read_fwd(q, weights, *options), read_bwd(q, q, weights, *options)
+        call = ReadCall(q, weights, cu_seqlens, "gelu", residual_norm)
+        return read_fwd(call), read_bwd(q, call)
 
-    return call
+    return launch
 
 
 EXAMPLES = {

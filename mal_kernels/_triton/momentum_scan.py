@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import ScanCall
 from .tiles import dense, first_order, load_rows, meta, power_of_2, row_bounds, store_rows
 
 
@@ -143,34 +144,22 @@ def momentum_scan_bwd_kernel(
         tl.store(p_ds0 + o_state, b_momentum * b_mu, mask=o_f < F)
 
 
-def scan_fwd(
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def scan_fwd(call: ScanCall) -> tuple[Tensor, Tensor]:
     """``weights`` and ``momentum`` after every token, float32 in the shape of ``update``."""
-    length = None if cu_seqlens is not None else segment_length(update)
+    update = call.update
+    length = None if call.cu_seqlens is not None else segment_length(update)
     if length is None:
-        return _scan_fwd(update, momentum, decay, state, cu_seqlens)
-    segments = _Segments.of(update, momentum, decay, state, length)
-    ends = [x[0, segments.last] for x in _scan_fwd(*segments.tokens, [], segments.cu_seqlens)]
+        return _scan_fwd(call)
+    segments = _Segments.of(call, length)
+    ends = [x[0, segments.last] for x in _scan_fwd(segments.starting([]))]
     starts = segments.carried(*ends)
-    weights, trace = _scan_fwd(*segments.tokens, starts, segments.cu_seqlens)
+    weights, trace = _scan_fwd(segments.starting(starts))
     return weights.view(update.shape), trace.view(update.shape)
 
 
-def _scan_fwd(
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    update, momentum, decay, (w0, s0) = _contiguous(update, momentum, decay, state)
-    cu_seqlens = dense(cu_seqlens)
-    static = _static(update, momentum, decay, state, cu_seqlens)
+def _scan_fwd(call: ScanCall) -> tuple[Tensor, Tensor]:
+    update, momentum, decay, (w0, s0), cu_seqlens = _contiguous(call)
+    static = _static(call)
     weights, trace = (update.new_empty(update.shape, dtype=torch.float32) for _ in range(2))
     momentum_scan_fwd_kernel[_grid(update, cu_seqlens, static)](
         update, momentum, decay, w0, s0, cu_seqlens, weights, trace, update.shape[1], **static
@@ -179,33 +168,25 @@ def _scan_fwd(
 
 
 def scan_bwd(
-    d_weights: Tensor,
-    d_trace: Tensor,
-    weights: Tensor,
-    trace: Tensor,
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
+    d_weights: Tensor, d_trace: Tensor, weights: Tensor, trace: Tensor, call: ScanCall
 ) -> list[Tensor]:
     """Gradients of update, momentum, decay and state, absent ones left out."""
-    grads, inputs = (d_weights, d_trace, weights, trace), (update, momentum, decay)
-    length = None if cu_seqlens is not None else segment_length(update)
+    grads = (d_weights, d_trace, weights, trace)
+    length = None if call.cu_seqlens is not None else segment_length(call.update)
     if length is None:
-        return _given(_scan_bwd(*grads, *inputs, state, cu_seqlens))
-    segments = _Segments.of(*inputs, state, length)
+        return _given(_scan_bwd(*grads, call))
+    segments = _Segments.of(call, length)
     d_weights, d_trace, weights, trace = (x.reshape(1, -1, *x.shape[2:]) for x in grads)
-    starts = segments.before(weights, trace)
-    rest = (weights, trace, *segments.tokens, starts, segments.cu_seqlens)
+    rest = (weights, trace, segments.starting(segments.before(weights, trace)))
     *_, d_w, d_s = _scan_bwd(d_weights, d_trace, *rest)  # of each segment alone
     d_w, d_s = segments.carried_back(d_w, d_s)
     d_weights = d_weights.index_add(1, segments.last, d_w.unsqueeze(0))
     d_trace = d_trace.index_add(1, segments.last, d_s.unsqueeze(0))
     *d_tokens, d_w, d_s = _scan_bwd(d_weights, d_trace, *rest)
-    d_tokens = [None if d is None else d.view_as(x) for d, x in zip(d_tokens, inputs, strict=True)]
+    pairs = zip(d_tokens, call[:3], strict=True)
+    d_tokens = [None if d is None else d.view_as(x) for d, x in pairs]
     d_state = [x.view(-1, segments.count, *x.shape[1:])[:, 0].contiguous() for x in (d_w, d_s)]
-    return _given([*d_tokens, *(d_state if state else ())])
+    return _given([*d_tokens, *(d_state if call.state else ())])
 
 
 def _given(tensors: list[Tensor | None]) -> list[Tensor]:
@@ -213,20 +194,11 @@ def _given(tensors: list[Tensor | None]) -> list[Tensor]:
 
 
 def _scan_bwd(
-    d_weights: Tensor,
-    d_trace: Tensor,
-    weights: Tensor,
-    trace: Tensor,
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
+    d_weights: Tensor, d_trace: Tensor, weights: Tensor, trace: Tensor, call: ScanCall
 ) -> list[Tensor | None]:
-    update, momentum, decay, (w0, s0) = _contiguous(update, momentum, decay, state)
-    cu_seqlens = dense(cu_seqlens)
+    update, momentum, decay, (w0, s0), cu_seqlens = _contiguous(call)
     d_weights, d_trace = d_weights.contiguous(), d_trace.contiguous()
-    static = _static(update, momentum, decay, state, cu_seqlens)
+    static = _static(call)
     grid = _grid(update, cu_seqlens, static)
     d_update = update.new_empty(update.shape)
     d_gates = [
@@ -274,31 +246,27 @@ class _Segments(NamedTuple):
     epsilon: Tensor
 
     @classmethod
-    def of(
-        cls,
-        update: Tensor,
-        momentum: Tensor | None,
-        decay: Tensor | None,
-        state: list[Tensor],
-        length: int,
-    ) -> _Segments:
+    def of(cls, call: ScanCall, length: int) -> _Segments:
+        update = call.update
         batch, size, heads, *features = update.shape
         count = triton.cdiv(size, length)
         at = torch.arange(count + 1, device=update.device) * length
         begin = torch.arange(batch, device=update.device).unsqueeze(1) * size + at[:-1]
         cu_seqlens = torch.cat([begin.flatten(), at.new_full((1,), batch * size)])
-        tokens = [
-            None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in (update, momentum, decay)
-        ]
-        state = state or [update.new_zeros(batch, heads, *features, dtype=torch.float32)] * 2
+        tokens = [None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in call[:3]]
+        state = call.state or [update.new_zeros(batch, heads, *features, dtype=torch.float32)] * 2
         # what becomes of S = 1 alone and of W = 1 alone when nothing is added
         nothing = update.new_zeros(1, batch * size, heads, 2, dtype=torch.float32)
         units = [nothing.new_zeros(batch * count, heads, 2) for _ in range(2)]
         units[0][..., 1] = units[1][..., 0] = 1
-        unit_w, unit_s = _scan_fwd(nothing, *tokens[1:], units, cu_seqlens)
+        unit_w, unit_s = _scan_fwd(ScanCall(nothing, *tokens[1:], units, cu_seqlens))
         ends = (x[0, cu_seqlens[1:] - 1].view(batch, count, heads, 2) for x in (unit_w, unit_s))
         (f, beta), (epsilon, _) = (x.unbind(-1) for x in ends)
         return cls(tuple(tokens), state, count, cu_seqlens, beta, f, epsilon)
+
+    def starting(self, states: list[Tensor]) -> ScanCall:
+        """The scan of all segments, each from its own of ``states``, or from zero."""
+        return ScanCall(*self.tokens, states, self.cu_seqlens)
 
     @property
     def last(self) -> Tensor:
@@ -308,9 +276,10 @@ class _Segments(NamedTuple):
     def carried(self, w: Tensor, s: Tensor) -> list[Tensor]:
         """States before every segment ``[B · count, H, ...]`` from their ends from zero."""
         w, s = (self._by_row(x) for x in (w, s))
-        _, s = _scan_fwd(s, self.epsilon, None, self.state, None)
+        _, s = _scan_fwd(ScanCall(s, self.epsilon, None, self.state, None))
         s = self._shifted(s, self.state[1])
-        w, _ = _scan_fwd(w + self._wide(self.f, s) * s, None, 1 - self.beta, self.state, None)
+        w = w + self._wide(self.f, s) * s
+        w, _ = _scan_fwd(ScanCall(w, None, 1 - self.beta, self.state, None))
         return [x.flatten(0, 1) for x in (self._shifted(w, self.state[0]), s)]
 
     def before(self, weights: Tensor, trace: Tensor) -> list[Tensor]:
@@ -324,9 +293,10 @@ class _Segments(NamedTuple):
         zero = torch.zeros_like(self.state[0])
         d_w, d_s = (self._by_row(x).flip(1) for x in (d_w, d_s))
         beta, f, epsilon = (x.flip(1) for x in (self.beta, self.f, self.epsilon))
-        d_w, _ = _scan_fwd(d_w, None, 1 - beta, [], None)
+        d_w, _ = _scan_fwd(ScanCall(d_w, None, 1 - beta, [], None))
         d_w = self._shifted(d_w, zero)
-        _, d_s = _scan_fwd(d_s + self._wide(f, d_w) * d_w, epsilon, None, [], None)
+        d_s = d_s + self._wide(f, d_w) * d_w
+        _, d_s = _scan_fwd(ScanCall(d_s, epsilon, None, [], None))
         return [x.flip(1).flatten(0, 1) for x in (d_w, self._shifted(d_s, zero))]
 
     def _by_row(self, x: Tensor) -> Tensor:
@@ -344,21 +314,15 @@ class _Segments(NamedTuple):
 # --- compile-time arguments -----------------------------------------------------------------------
 
 
-def _contiguous(
-    update: Tensor, momentum: Tensor | None, decay: Tensor | None, state: list[Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
-    initial = [x.contiguous() for x in state] or [None, None]
-    return update.contiguous(), dense(momentum), dense(decay), initial
+def _contiguous(call: ScanCall) -> ScanCall:
+    """The call without strides; its state is two tensors, or two None."""
+    initial = [x.contiguous() for x in call.state] or [None, None]
+    return ScanCall(*(dense(x) for x in call[:3]), initial, dense(call.cu_seqlens))
 
 
-def _static(
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-) -> dict[str, Any]:
+def _static(call: ScanCall) -> dict[str, Any]:
     """The compile-time arguments of both kernels, and their launch options."""
+    update = call.update
     features = update.shape[3:].numel()
     block = min(64, power_of_2(features))
     return dict(
@@ -366,10 +330,10 @@ def _static(
         F=features,
         BT=16 if block == 64 else 2048 // block,  # few features: more of them along time
         BF=block,
-        HAS_MOMENTUM=momentum is not None,
-        HAS_DECAY=decay is not None,
-        HAS_STATE=len(state) > 0,
-        IS_VARLEN=cu_seqlens is not None,
+        HAS_MOMENTUM=call.momentum is not None,
+        HAS_DECAY=call.decay is not None,
+        HAS_STATE=len(call.state) > 0,
+        IS_VARLEN=call.cu_seqlens is not None,
         num_warps=4,
     )
 
@@ -382,15 +346,16 @@ def _grid(
 
 
 def _example(*shape: int, dtype: torch.dtype, ragged: bool, gates: bool) -> Callable[[], object]:
-    def call() -> object:
+    def launch() -> object:
         update, gate = meta(*shape, dtype=dtype), meta(*shape[:3], dtype=dtype)
         cu_seqlens = meta(3, dtype=torch.int32) if ragged else None
         state = [meta(2, *shape[2:])] * 2 if gates else []
-        options = (update, *((gate, gate) if gates else (None, None)), state, cu_seqlens)
-        weights, trace = scan_fwd(*options)
-        return scan_bwd(weights, trace, weights, trace, *options)
+        given = (gate, gate) if gates else (None, None)
+        call = ScanCall(update, *given, state, cu_seqlens)
+        weights, trace = scan_fwd(call)
+        return scan_bwd(weights, trace, weights, trace, call)
 
-    return call
+    return launch
 
 
 EXAMPLES = {

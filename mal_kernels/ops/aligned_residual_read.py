@@ -11,13 +11,12 @@ Every other row of ``hidden`` comes back bit for bit. ``3·Dm·H·D + 2·H·D·E
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..errors import ArgumentError
+from ..call import AlignedCall, emptied, refilled, schema, tensors_of
 from ..reference import ReadParams
 from ..state import MemoryState
 from ._backend import fresh, full_precision, memory_limit, resolve
@@ -31,35 +30,32 @@ from ._check import (
 )
 
 
-@torch.library.custom_op("mal_kernels::aligned_residual_read", mutates_args=())
-def _forward(
-    hidden: Tensor,
-    token_index: Tensor,
-    state_index: Tensor,
-    weights: list[Tensor],
-    params: list[Tensor],
-    activation: str,
-    residual_norm: bool,
-    backend: str,
-) -> Tensor:
-    _check_places(hidden, token_index, state_index, weights)
-    inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
+@torch.library.custom_op(
+    "mal_kernels::aligned_residual_read",
+    mutates_args=(),
+    schema=f"({schema(AlignedCall)}, str backend) -> Tensor",
+)
+def _forward(*flat):
+    *fields, backend = flat
+    call = AlignedCall(*fields)
+    _check_places(call)
     if launch := _launcher(backend):
-        return launch(*inputs)
-    with full_precision(hidden.device):
-        return fresh(_read(*inputs))
+        return launch(call)
+    with full_precision(call.hidden.device):
+        return fresh(_read(call))
 
 
-def _check_places(
-    hidden: Tensor, token_index: Tensor, state_index: Tensor, weights: list[Tensor]
-) -> None:
+def _check_places(call: AlignedCall) -> None:
     """Values of the indices."""
-    check_index("token_index", token_index, hidden.shape[:-1].numel())
-    check_index("state_index", state_index, weights[0].shape[0])
-    if token_index.device.type == "cpu" and len(token_index.unique()) < len(token_index):
-        raise ArgumentError(
-            "token_index: got the same position twice, expected every audio token once"
-        )
+    check_index("token_index", call.token_index, call.hidden.shape[:-1].numel())
+    check_index("state_index", call.state_index, call.weights[0].shape[0])
+    index = call.token_index
+    expect(
+        index.device.type != "cpu" or len(index.unique()) == len(index),
+        "token_index",
+        "the same position twice",
+        "every audio token once",
+    )
 
 
 def _launcher(backend: str) -> Callable[..., Tensor] | None:
@@ -73,20 +69,12 @@ def _launcher(backend: str) -> Callable[..., Tensor] | None:
     return aligned_fwd
 
 
-def _read(
-    hidden: Tensor,
-    token_index: Tensor,
-    state_index: Tensor,
-    weights: list[Tensor],
-    params: list[Tensor],
-    activation: str,
-    residual_norm: bool,
-) -> Tensor:
+def _read(call: AlignedCall) -> Tensor:
     return reference.aligned_residual_read(
-        *(hidden, token_index, state_index),
-        *(MemoryState(tuple(weights), ()), ReadParams(*params)),
-        activation=activation,
-        residual_norm=residual_norm,
+        *call[:3],
+        *(MemoryState(tuple(call.weights), ()), ReadParams(*call.params)),
+        activation=call.activation,
+        residual_norm=call.residual_norm,
     )
 
 
@@ -95,24 +83,20 @@ def _(hidden, *_):
     return hidden.new_empty(hidden.shape)
 
 
-@torch.library.custom_op("mal_kernels::aligned_residual_read_", mutates_args=("hidden",))
-def _forward_(
-    hidden: Tensor,
-    token_index: Tensor,
-    state_index: Tensor,
-    weights: list[Tensor],
-    params: list[Tensor],
-    activation: str,
-    residual_norm: bool,
-    backend: str,
-) -> None:
-    _check_places(hidden, token_index, state_index, weights)
-    inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
+@torch.library.custom_op(
+    "mal_kernels::aligned_residual_read_",
+    mutates_args=("hidden",),
+    schema=f"({schema(AlignedCall).replace('Tensor', 'Tensor(a0!)', 1)}, str backend) -> ()",
+)
+def _forward_(*flat):
+    *fields, backend = flat
+    call = AlignedCall(*fields)
+    _check_places(call)
     if launch := _launcher(backend):
-        launch(*inputs, in_place=True)
+        launch(call, in_place=True)
         return
-    with full_precision(hidden.device):
-        hidden.copy_(_read(*inputs))
+    with full_precision(call.hidden.device):
+        call.hidden.copy_(_read(call))
 
 
 @_forward_.register_fake
@@ -120,49 +104,43 @@ def _(*_):
     return None
 
 
-@torch.library.custom_op("mal_kernels::aligned_residual_read_bwd", mutates_args=())
-def _backward(
-    d_output: Tensor,
-    hidden: Tensor,
-    token_index: Tensor,
-    state_index: Tensor,
-    weights: list[Tensor],
-    params: list[Tensor],
-    activation: str,
-    residual_norm: bool,
-    backend: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+@torch.library.custom_op(
+    "mal_kernels::aligned_residual_read_bwd",
+    mutates_args=(),
+    schema=f"(Tensor d_output, {schema(AlignedCall)}, str backend) -> (Tensor, Tensor[], Tensor[])",
+)
+def _backward(d_output, *flat):
+    *fields, backend = flat
+    call = AlignedCall(*fields)
     if backend == "triton":
         from .._triton.aligned_residual_read import aligned_bwd
 
-        inputs = (hidden, token_index, state_index, weights, params, activation, residual_norm)
-        return aligned_bwd(d_output, *inputs)
+        return aligned_bwd(d_output, call)
 
     def forward(hidden, weights, params):
-        return _read(hidden, token_index, state_index, weights, params, activation, residual_norm)
+        return _read(call._replace(hidden=hidden, weights=weights, params=params))
 
-    with full_precision(hidden.device):
-        vjp = torch.func.vjp(forward, hidden, weights, params)[1]
+    with full_precision(call.hidden.device):
+        vjp = torch.func.vjp(forward, call.hidden, call.weights, call.params)[1]
         d_hidden, d_weights, d_params = vjp(d_output)
     return fresh(d_hidden), [fresh(d) for d in d_weights], [fresh(d) for d in d_params]
 
 
 @_backward.register_fake
-def _(d_output, hidden, token_index, state_index, weights, params, *_):
-    d_weights, d_params = ([t.new_empty(t.shape) for t in x] for x in (weights, params))
-    return hidden.new_empty(hidden.shape), d_weights, d_params
+def _(d_output, *flat):
+    call = AlignedCall(*flat[:-1])
+    d_weights, d_params = ([t.new_empty(t.shape) for t in x] for x in (call.weights, call.params))
+    return call.hidden.new_empty(call.hidden.shape), d_weights, d_params
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, token_index, state_index, weights, params, *ctx.options = inputs
-    ctx.n_weights = len(weights)
-    ctx.save_for_backward(hidden, token_index, state_index, *weights, *params)
+    ctx.save_for_backward(*tensors_of(inputs))
+    ctx.emptied = emptied(inputs)
 
 
 def _autograd(ctx, d_output):
-    *index, tensors = ctx.saved_tensors[:3], list(ctx.saved_tensors[3:])
-    weights, params = tensors[: ctx.n_weights], tensors[ctx.n_weights :]
-    d_hidden, d_weights, d_params = _backward(d_output, *index[0], weights, params, *ctx.options)
+    inputs = refilled(ctx.emptied, ctx.saved_tensors)
+    d_hidden, d_weights, d_params = _backward(d_output, *inputs)
     return d_hidden, None, None, d_weights, d_params, None, None, None
 
 
@@ -215,8 +193,8 @@ def aligned_residual_read(
         >>> (out != hidden).any(-1).flatten().nonzero().flatten()
         tensor([ 1,  2,  9, 10])
     """
-    inputs = _checked(*(hidden, token_index, state_index, state, params), activation, residual_norm)
-    return _forward(*inputs, _backend_of(inputs, backend))
+    call = _checked(*(hidden, token_index, state_index, state, params), activation, residual_norm)
+    return _forward(*call, _backend_of(call, backend))
 
 
 def aligned_residual_read_(
@@ -230,27 +208,29 @@ def aligned_residual_read_(
     residual_norm: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`aligned_residual_read` into ``hidden`` itself, for inference.
+    """Adds what the memory says to ``hidden`` itself, for inference.
 
-    The kernels touch the named rows alone, in three launches (Triton) or in one (CUDA), and do not
-    copy ``hidden``.
+    The result is that of :func:`aligned_residual_read`. The kernels touch the named rows alone, in
+    three launches (Triton) or in one (CUDA), and do not copy ``hidden``.
 
     Args:
-        hidden: ``[B, S, Dm]``, contiguous; changed.
-        token_index: as there, and so are the other arguments.
-        state_index: ``[N]``.
-        state: any number of rows.
-        params: of the read.
+        hidden: ``[B, S, Dm]`` host hidden states, any float dtype, contiguous; changed.
+        token_index: ``[N]`` int64, positions of the audio tokens in ``hidden`` flattened to
+            ``[B·S]``, no position twice.
+        state_index: ``[N]`` int64, the row of ``state`` that each token reads.
+        state: any number of rows; only its weights are read.
+        params: ``norm`` ``[Dm]``, ``w_q`` and ``w_gate`` ``[H·D, Dm]``, ``w_out`` ``[Dm, H·D]``, in
+            any float dtype; the computation runs in the dtype of the state.
         activation: gelu (erf), gelu_tanh, silu or relu.
-        residual_norm: as there.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+        residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"`` (float16 and bfloat16).
 
     Returns:
         ``hidden``.
 
     Raises:
-        ArgumentError: as there, or ``hidden`` is not contiguous, or a gradient would be recorded;
-            ``hidden`` is as it was.
+        ArgumentError: a shape, dtype, device or value does not fit, ``hidden`` is not contiguous,
+            or a gradient would be recorded; ``hidden`` is as it was.
         BackendUnavailable: ``backend`` cannot serve this call.
 
     Example:
@@ -265,7 +245,7 @@ def aligned_residual_read_(
         >>> out is hidden, torch.equal(out, new)
         (True, True)
     """
-    inputs = _checked(*(hidden, token_index, state_index, state, params), activation, residual_norm)
+    call = _checked(*(hidden, token_index, state_index, state, params), activation, residual_norm)
     expect(
         hidden.is_contiguous(),
         "hidden",
@@ -274,19 +254,18 @@ def aligned_residual_read_(
         "use aligned_residual_read",
     )
     expect(
-        not _records_gradients(inputs),
+        not _records_gradients(call),
         "hidden",
         "a call that records gradients",
         "inference: what is overwritten cannot be differentiated",
         "use torch.no_grad(), or aligned_residual_read",
     )
-    _forward_(*inputs, _backend_of(inputs, backend))
+    _forward_(*call, _backend_of(call, backend))
     return hidden
 
 
-def _records_gradients(inputs: tuple[Any, ...]) -> bool:
-    hidden, _, _, weights, params, *_ = inputs
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *weights, *params))
+def _records_gradients(call: AlignedCall) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in call.differentiable())
 
 
 def _checked(
@@ -297,8 +276,8 @@ def _checked(
     params: ReadParams,
     activation: str,
     residual_norm: bool,
-) -> tuple[Any, ...]:
-    """The operator's arguments but for the backend, of fitting shapes."""
+) -> AlignedCall:
+    """The call, of arguments with fitting shapes."""
     expect(
         is_float(hidden) and hidden.ndim == 3,
         "hidden",
@@ -320,30 +299,36 @@ def _checked(
     for name, p, shape in zip(ReadParams._fields, params, shapes, strict=True):
         expect(is_float(p), f"params.{name}", p, f"floating point {list(shape)}")
         check_state_tensor(f"params.{name}", p, shape, p.dtype, hidden.device)
-    weights = list(state.weights)
-    return (hidden, token_index, state_index, weights, list(params), activation, residual_norm)
-
-
-def _backend_of(inputs: tuple[Any, ...], backend: str) -> str:
-    hidden, token_index, _, weights, _, _, residual_norm = inputs
-    limit = memory_limit(hidden.dtype, weights, residual_norm, linear=128)
-    return resolve(
-        *(backend, "aligned_residual_read", hidden.device, limit),
-        cuda_limit=limit or _cuda_limit(inputs),
-        dtype=hidden.dtype,
-        features=weights[0].shape[2],
-        tokens=len(token_index),
+    return AlignedCall(
+        hidden=hidden,
+        token_index=token_index,
+        state_index=state_index,
+        weights=list(state.weights),
+        params=list(params),
+        activation=activation,
+        residual_norm=residual_norm,
     )
 
 
-def _cuda_limit(inputs: tuple[Any, ...]) -> str | None:
+def _backend_of(call: AlignedCall, backend: str) -> str:
+    hidden, weights = call.hidden, call.weights
+    limit = memory_limit(hidden.dtype, weights, call.residual_norm, linear=128)
+    return resolve(
+        *(backend, "aligned_residual_read", hidden.device, limit),
+        cuda_limit=limit or _cuda_limit(call),
+        dtype=hidden.dtype,
+        features=weights[0].shape[2],
+        tokens=len(call.token_index),
+    )
+
+
+def _cuda_limit(call: AlignedCall) -> str | None:
     """Why the CUDA kernel cannot serve a memory that the Triton kernels serve."""
-    if _records_gradients(inputs):
+    if _records_gradients(call):
         return "the CUDA kernel has no backward yet: call it under torch.no_grad()"
-    hidden, _, _, weights, *_ = inputs
-    if hidden.dtype not in (torch.float16, torch.bfloat16):
-        return f"the CUDA kernel takes float16 and bfloat16 hidden states, not {hidden.dtype}"
-    width, dim = hidden.shape[2], weights[0].shape[2]
+    if call.hidden.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernel takes float16 and bfloat16 hidden states, not {call.hidden.dtype}"
+    width, dim = call.hidden.shape[2], call.weights[0].shape[2]
     if width % 8 or dim % 8:
         return (
             "the CUDA kernel serves multiples of 8 features of the host and of a head; "

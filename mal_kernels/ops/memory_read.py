@@ -9,42 +9,36 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..call import ReadCall, emptied, refilled, schema, tensors_of
 from ..state import MemoryState
 from ._backend import fresh, full_precision, memory_limit, resolve
 from ._check import check_bounds, check_cu_seqlens, check_memory, check_tokens
 
 
-@torch.library.custom_op("mal_kernels::memory_read", mutates_args=())
-def _forward(
-    q: Tensor,
-    weights: list[Tensor],
-    cu_seqlens: Tensor | None,
-    activation: str,
-    residual_norm: bool,
-    backend: str,
-) -> Tensor:
-    check_bounds(cu_seqlens, q.shape[1])
+@torch.library.custom_op(
+    "mal_kernels::memory_read",
+    mutates_args=(),
+    schema=f"({schema(ReadCall)}, str backend) -> Tensor",
+)
+def _forward(*flat):
+    *fields, backend = flat
+    call = ReadCall(*fields)
+    check_bounds(call.cu_seqlens, call.q.shape[1])
     if backend == "triton":
         from .._triton.memory_read import read_fwd
 
-        return read_fwd(q, weights, cu_seqlens, activation, residual_norm)
-    with full_precision(q.device):
-        return fresh(_read(q, weights, cu_seqlens, activation, residual_norm))
+        return read_fwd(call)
+    with full_precision(call.q.device):
+        return fresh(_read(call))
 
 
-def _read(
-    q: Tensor,
-    weights: list[Tensor],
-    cu_seqlens: Tensor | None,
-    activation: str,
-    residual_norm: bool,
-) -> Tensor:
+def _read(call: ReadCall) -> Tensor:
     return reference.memory_read(
-        q,
-        MemoryState(tuple(weights), ()),
-        activation=activation,
-        residual_norm=residual_norm,
-        cu_seqlens=cu_seqlens,
+        call.q,
+        MemoryState(tuple(call.weights), ()),
+        activation=call.activation,
+        residual_norm=call.residual_norm,
+        cu_seqlens=call.cu_seqlens,
     )
 
 
@@ -53,23 +47,21 @@ def _(q, *_):
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("mal_kernels::memory_read_bwd", mutates_args=())
-def _backward(
-    d_output: Tensor,
-    q: Tensor,
-    weights: list[Tensor],
-    cu_seqlens: Tensor | None,
-    activation: str,
-    residual_norm: bool,
-    backend: str,
-) -> tuple[Tensor, list[Tensor]]:
+@torch.library.custom_op(
+    "mal_kernels::memory_read_bwd",
+    mutates_args=(),
+    schema=f"(Tensor d_output, {schema(ReadCall)}, str backend) -> (Tensor, Tensor[])",
+)
+def _backward(d_output, *flat):
+    *fields, backend = flat
+    call = ReadCall(*fields)
     if backend == "triton":
         from .._triton.memory_read import read_bwd
 
-        return read_bwd(d_output, q, weights, cu_seqlens, activation, residual_norm)
-    with full_precision(q.device):
+        return read_bwd(d_output, call)
+    with full_precision(call.q.device):
         vjp = torch.func.vjp(
-            lambda q, weights: _read(q, weights, cu_seqlens, activation, residual_norm), q, weights
+            lambda q, weights: _read(call._replace(q=q, weights=weights)), call.q, call.weights
         )[1]
         d_q, d_weights = vjp(d_output)
     return fresh(d_q), [fresh(d) for d in d_weights]
@@ -81,13 +73,13 @@ def _(d_output, q, weights, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, weights, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, cu_seqlens, *weights)
+    ctx.save_for_backward(*tensors_of(inputs))
+    ctx.emptied = emptied(inputs)
 
 
 def _autograd(ctx, d_output):
-    q, cu_seqlens, *weights = ctx.saved_tensors
-    return (*_backward(d_output, q, weights, cu_seqlens, *ctx.options), None, None, None, None)
+    inputs = refilled(ctx.emptied, ctx.saved_tensors)
+    return (*_backward(d_output, *inputs), None, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -129,8 +121,7 @@ def memory_read(
     check_tokens("q", q)
     rows = check_cu_seqlens(cu_seqlens, q)
     check_memory(state, q, rows, residual_norm, activation)
-    weights = list(state.weights)
-    limit = memory_limit(q.dtype, weights, residual_norm)
+    limit = memory_limit(q.dtype, state.weights, residual_norm)
     if cu_seqlens is not None and rows > 4096:  # every program finds its sequence among all
         limit = f"the kernels serve up to 4096 ragged sequences, not {rows}"
     name = resolve(
@@ -139,4 +130,5 @@ def memory_read(
         features=q.shape[3],
         tokens=q.shape[0] * q.shape[1],
     )
-    return _forward(q, weights, cu_seqlens, activation, residual_norm, name)
+    call = ReadCall(q, list(state.weights), cu_seqlens, activation, residual_norm)
+    return _forward(*call, name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..call import ScanCall, emptied, refilled, schema, tensors_of
 from ..reference import MomentumScan
 from ..state import MemoryState
 from ._backend import fresh, full_precision, resolve
@@ -25,39 +26,32 @@ from ._check import (
 )
 
 
-@torch.library.custom_op("mal_kernels::momentum_scan", mutates_args=())
-def _forward(
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    check_gates(None, momentum, decay)
-    check_bounds(cu_seqlens, update.shape[1])
+@torch.library.custom_op(
+    "mal_kernels::momentum_scan",
+    mutates_args=(),
+    schema=f"({schema(ScanCall)}, str backend) -> (Tensor, Tensor)",
+)
+def _forward(*flat):
+    *fields, backend = flat
+    call = ScanCall(*fields)
+    check_gates(None, call.momentum, call.decay)
+    check_bounds(call.cu_seqlens, call.update.shape[1])
     if backend == "triton":
         from .._triton.momentum_scan import scan_fwd
 
-        return scan_fwd(update, momentum, decay, state, cu_seqlens)
+        return scan_fwd(call)
     if backend == "cuda":
-        from .._cuda import momentum_scan as cuda
+        from .._cuda.momentum_scan import scan_fwd
 
-        return cuda.scan_fwd(update, momentum, decay, state, cu_seqlens)
-    with full_precision(update.device):
-        weights, trace = _scan(update, momentum, decay, state, cu_seqlens)
+        return scan_fwd(call)
+    with full_precision(call.update.device):
+        weights, trace = _scan(call)
     return fresh(weights), fresh(trace)
 
 
-def _scan(
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-) -> MomentumScan:
-    initial = MemoryState((state[0],), (state[1],)) if state else None
-    return reference.momentum_scan(update, momentum, decay, initial, cu_seqlens=cu_seqlens)
+def _scan(call: ScanCall) -> MomentumScan:
+    initial = MemoryState((call.state[0],), (call.state[1],)) if call.state else None
+    return reference.momentum_scan(*call[:3], initial, cu_seqlens=call.cu_seqlens)
 
 
 @_forward.register_fake
@@ -66,59 +60,52 @@ def _(update, *_):
     return tuple(update.new_empty(update.shape, dtype=dtype) for _ in range(2))
 
 
-@torch.library.custom_op("mal_kernels::momentum_scan_bwd", mutates_args=())
-def _backward(
-    d_weights: Tensor,
-    d_trace: Tensor,
-    weights: Tensor,
-    trace: Tensor,
-    update: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-    backend: str,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "mal_kernels::momentum_scan_bwd",
+    mutates_args=(),
+    schema="(Tensor d_weights, Tensor d_trace, Tensor weights, Tensor trace, "
+    f"{schema(ScanCall)}, str backend) -> Tensor[]",
+)
+def _backward(d_weights, d_trace, weights, trace, *flat):
     """Gradients of update, momentum, decay and state, absent ones left out."""
+    *fields, backend = flat
+    call = ScanCall(*fields)
     if backend == "triton":
         from .._triton.momentum_scan import scan_bwd
 
-        inputs = (update, momentum, decay, state, cu_seqlens)
-        return scan_bwd(d_weights, d_trace, weights, trace, *inputs)
+        return scan_bwd(d_weights, d_trace, weights, trace, call)
     if backend == "cuda":
-        from .._cuda import momentum_scan as cuda
+        from .._cuda.momentum_scan import scan_bwd
 
-        inputs = (update, momentum, decay, state, cu_seqlens)
-        return cuda.scan_bwd(d_weights, d_trace, weights, trace, *inputs)
+        return scan_bwd(d_weights, d_trace, weights, trace, call)
 
     def forward(update, momentum, decay, state):
         # None is no value to torch.func: an absent gate is an empty list
         momentum, decay = (g[0] if g else None for g in (momentum, decay))
-        return tuple(_scan(update, momentum, decay, state, cu_seqlens))
+        return tuple(_scan(ScanCall(update, momentum, decay, state, call.cu_seqlens)))
 
-    gates = ([] if g is None else [g] for g in (momentum, decay))
-    with full_precision(update.device):
-        vjp = torch.func.vjp(forward, update, *gates, state)[1]
+    gates = ([] if g is None else [g] for g in (call.momentum, call.decay))
+    with full_precision(call.update.device):
+        vjp = torch.func.vjp(forward, call.update, *gates, call.state)[1]
         d_update, *rest = vjp((d_weights, d_trace))
     return [fresh(d_update), *(fresh(g) for grads in rest for g in grads)]
 
 
 @_backward.register_fake
-def _(d_weights, d_trace, weights, trace, update, momentum, decay, state, *_):
-    return [t.new_empty(t.shape) for t in (update, momentum, decay, *state) if t is not None]
+def _(d_weights, d_trace, weights, trace, *flat):
+    return [t.new_empty(t.shape) for t in tensors_of(flat[:4])]
 
 
 def _setup_context(ctx, inputs, output):
-    update, momentum, decay, state, cu_seqlens, ctx.backend = inputs
-    ctx.save_for_backward(*output, update, momentum, decay, cu_seqlens, *state)
+    ctx.save_for_backward(*output, *tensors_of(inputs))
+    ctx.emptied = emptied(inputs)
 
 
 def _autograd(ctx, d_weights, d_trace):
-    weights, trace, update, momentum, decay, cu_seqlens, *state = ctx.saved_tensors
-    inputs = (weights, trace, update, momentum, decay, state, cu_seqlens, ctx.backend)
-    grads = iter(_backward(d_weights, d_trace, *inputs))
-    d_update, *d_gates = (None if t is None else next(grads) for t in (update, momentum, decay))
-    return d_update, *d_gates, list(grads), None, None
+    weights, trace, *tensors = ctx.saved_tensors
+    inputs = refilled(ctx.emptied, tensors)
+    grads = _backward(d_weights, d_trace, weights, trace, *inputs)
+    return *refilled(inputs[:4], grads), None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -184,4 +171,5 @@ def momentum_scan(
         features=update.shape[3:].numel(),
         tokens=update.shape[0] * update.shape[1],
     )
-    return MomentumScan(*_forward(update, momentum, decay, tensors, cu_seqlens, name))
+    call = ScanCall(update, momentum, decay, tensors, cu_seqlens)
+    return MomentumScan(*_forward(*call, name))

@@ -14,7 +14,7 @@ import torch
 
 from mal_kernels import BackendUnavailable
 from mal_kernels._cuda import build, library
-from mal_kernels.call import MemoryCall
+from mal_kernels.call import AlignedCall, MemoryCall, ScanCall
 from mal_kernels.testing.emulation import is_found
 
 pytestmark = pytest.mark.timeout(900)  # nvcc compiles every kernel three times
@@ -198,9 +198,9 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
     )
 
     x, gate = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
-    inputs = (x, gate, gate, [x[:, 0], x[:, 0]], None)
-    momentum_scan.scan_fwd(*inputs)
-    momentum_scan.scan_bwd(x, x, x, x, *inputs)
+    call = ScanCall(x, gate, gate, [x[:, 0], x[:, 0]], None)
+    momentum_scan.scan_fwd(call)
+    momentum_scan.scan_bwd(x, x, x, x, call)
     state = [torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 5, 4)]
     x = x.half()
     call = MemoryCall(x, x, x, *[gate] * 3, state, state, [], [], chunk_size=8, activation="relu")
@@ -208,7 +208,8 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
     neural_memory_backward.memory_bwd(x, gate, state, state, [], call)
     monkeypatch.setattr(aligned_residual_read, "multiprocessors", lambda _: 132)
     index = torch.zeros(2, dtype=torch.int64)
-    aligned_residual_read.aligned_fwd(x[0], index, index, state, [x] * 4, "relu", False)
+    read = AlignedCall(x[0], index, index, state, [x] * 4, "relu", False)
+    aligned_residual_read.aligned_fwd(read)
     assert {name: [*fields, "stream"] for name, fields in passed.items()} == structs()
 
 

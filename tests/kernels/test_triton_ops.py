@@ -16,6 +16,7 @@ from mal_kernels import (
     ops,
     reference,
 )
+from mal_kernels.call import AlignedCall
 from mal_kernels.testing import make_inputs
 from tests.support.parity import (
     DEVICE,
@@ -235,10 +236,10 @@ def test_launches_of_the_aligned_read(in_place):
     from mal_kernels._triton.aligned_residual_read import aligned_fwd
 
     hidden, *index, state, params = turn_of("one turn")
-    args = (hidden, *index, list(state.weights), list(params), "gelu", False)
-    aligned_fwd(*args)  # compiles
+    call = AlignedCall(hidden, *index, list(state.weights), list(params), "gelu", False)
+    aligned_fwd(call)  # compiles
     with counted_launches() as count:
-        aligned_fwd(*args, in_place=in_place)
+        aligned_fwd(call, in_place=in_place)
     kernels = ("aligned_project_kernel", "aligned_read_kernel", "aligned_add_kernel")
     assert all(count.pop(name) == 1 for name in kernels)
     assert count.total() == (0 if in_place else 1)  # the copy of hidden
