@@ -32,6 +32,7 @@ from bench.providers import (
 )
 from mal_kernels import MALAdapter, MALConfig, reference
 from mal_kernels.state import MemoryState
+from mal_kernels.testing import closed_form
 
 SWEEP = (OURS, THEIRS, EAGER, OURS_CHUNK, THEIRS_CHUNK)
 Result = dict[str, Any]
@@ -212,8 +213,8 @@ def error(bench: Bench) -> Result:
     bench.say("float32 and bfloat16")
     single, low = torch.float32, torch.bfloat16
     curves = {
-        "mal_kernels, float32": errors(run(reference.neural_memory, single, single)),
-        "mal_kernels, bfloat16 tokens": errors(run(reference.neural_memory, low, single)),
+        "mal_kernels, float32": errors(run(closed_form, single, single)),
+        "mal_kernels, bfloat16 tokens": errors(run(closed_form, low, single)),
         "token by token, float32": errors(run(reference.recurrence, single, single)),
     }
     short = replace(case, tokens=min(tokens, 1024))

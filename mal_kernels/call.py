@@ -8,6 +8,7 @@ state's momentum S (the gate η has the word).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from types import EllipsisType
 from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
@@ -69,18 +70,6 @@ class MemoryCall(NamedTuple):
     def tokens(self) -> tuple[Tensor | None, ...]:
         """Tokens and gates: ``q, k, v, lr, momentum, decay``."""
         return self[:6]
-
-    @property
-    def state(self) -> MemoryState:
-        """The state it starts from."""
-        anchor = tuple(self.anchor) or None
-        return MemoryState(tuple(self.weights), tuple(self.trace), anchor, self.position)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of the op."""
-        names = ("cu_seqlens", "chunk_size", "step", "activation", "residual_norm", "max_grad_norm")
-        return {name: getattr(self, name) for name in names} | {"init": self.init or None}
 
     @property
     def rows(self) -> int:
@@ -159,7 +148,14 @@ class ScanCall(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-# --- chunks ---------------------------------------------------------------------------------------
+# --- sequences and their chunks -------------------------------------------------------------------
+
+
+def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+    """``(b, begin, end)`` of every sequence in ``x`` ``[B, T, ...]``."""
+    if cu_seqlens is None:
+        return [(b, 0, x.shape[1]) for b in range(x.shape[0])]
+    return [(0, begin, end) for begin, end in pairwise(cu_seqlens.tolist())]
 
 
 def n_chunks(tokens: int, chunk_size: int | None) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from . import ops
 from .call import chunk_counts, n_chunks
 from .config import check_start
+from .network import RMS_NORM_EPS
 from .ops import MemoryUpdate, ReadParams
-from .reference import RMS_NORM_EPS
 from .state import MemoryState
 
 

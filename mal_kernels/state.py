@@ -1,4 +1,4 @@
-"""The state of a neural memory: fast weights, momentum, and the place inside the chunk."""
+"""Values: the state of a neural memory, and what the ops take and return beside tensors."""
 
 from __future__ import annotations
 
@@ -115,6 +115,56 @@ class MemoryState(NamedTuple):
             return self
         zero = torch.zeros(self.batch_size, dtype=torch.int64, device=self.weights[0].device)
         return self._replace(anchor=self.weights, position=zero)
+
+
+class MemoryUpdate(NamedTuple):
+    """What a write returns: ``state`` and ``surprise`` ``‖M(k_t; W̄) − v_t‖²`` ``[B, T, H]``."""
+
+    state: MemoryState
+    surprise: Tensor
+
+
+class NeuralMemoryOutput(NamedTuple):
+    """What the layer returns: ``output`` ``[B, T, H, D]``, ``state`` and ``surprise``."""
+
+    output: Tensor
+    state: MemoryState
+    surprise: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        output: Tensor,
+        surprise: Tensor,
+        weights: Sequence[Tensor],
+        trace: Sequence[Tensor],
+        anchor: Sequence[Tensor],
+        position: Tensor,
+    ) -> NeuralMemoryOutput:
+        """The same from what a backend returns; anchor and position are empty where not kept."""
+        state = MemoryState(tuple(weights), tuple(trace))
+        if anchor:
+            state = state._replace(anchor=tuple(anchor), position=position)
+        return cls(output, state, surprise)
+
+
+class MomentumScan(NamedTuple):
+    """What the scan returns: ``weights`` and ``momentum`` after every token ``[B, T, H, ...]``."""
+
+    weights: Tensor
+    momentum: Tensor
+
+
+class ReadParams(NamedTuple):
+    """Parameters of the aligned read: ``Dm`` features of the host, ``H`` heads of ``D``.
+
+    ``norm`` ``[Dm]``, ``w_q`` and ``w_gate`` ``[H·D, Dm]``, ``w_out`` ``[Dm, H·D]``.
+    """
+
+    norm: Tensor
+    w_q: Tensor
+    w_gate: Tensor
+    w_out: Tensor
 
 
 def _cat(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:

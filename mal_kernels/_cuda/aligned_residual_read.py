@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..call import AlignedCall
 from . import library
-from .neural_memory import ACTIVATIONS, state_fields
+from .fields import ACTIVATIONS, state_fields
 
 # as in csrc/aligned_residual_read.h
 ROWS, COLUMNS, DEPTH = 64, 64, 64

@@ -1,49 +1,18 @@
-"""The write and the causal read: launcher of ``csrc/neural_memory_fwd.cu``."""
+"""The write and the causal read, forward and backward.
+
+Launcher of ``csrc/neural_memory_fwd.cu``; those of the backward kernels are in
+:mod:`.neural_memory_backward`.
+"""
 
 from __future__ import annotations
-
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..call import MemoryCall, n_chunks
+from ..call import MemoryCall
 from . import library
-
-Fields: TypeAlias = dict[str, Tensor | int | float | None]
-
-ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
-
-
-def call_fields(c: MemoryCall) -> Fields:
-    """The fields of ``mal_memory_call``."""
-    rows, heads, dim, hidden = c.weights[0].shape
-    return dict(
-        dtype=library.DTYPES[c.k.dtype],
-        rows=rows,
-        T=c.k.shape[1],
-        H=heads,
-        D=dim,
-        E=hidden,
-        chunk_size=min(c.size, 2**30),
-        chunk_gates=n_chunks(c.k.shape[1], c.size),
-        token_steps=c.step == "token",
-        activation=ACTIVATIONS[c.activation],
-        max_grad_norm=float(c.max_grad_norm or 0),
-        q=None if c.q is None else c.q.contiguous(),
-        k=c.k.contiguous(),
-        v=c.v.contiguous(),
-        lr=c.lr.float().contiguous(),
-        momentum=None if c.momentum is None else c.momentum.float().contiguous(),
-        decay=None if c.decay is None else c.decay.float().contiguous(),
-        cu_seqlens=None if c.cu_seqlens is None else c.cu_seqlens.long().contiguous(),
-        first_gate=c.first_gates() if c.step == "chunk" else None,
-        position=None if c.position is None else c.position.contiguous(),
-        **state_fields("weights", c.weights, c.residual_norm),
-        **state_fields("trace", c.trace, c.residual_norm),
-        **state_fields("anchor", c.anchor, c.residual_norm),
-        **state_fields("init", c.init, c.residual_norm),
-    )
+from .fields import call_fields, state_fields
+from .neural_memory_backward import Tiles, read_bwd, read_gradients, tiles_of, write_bwd
 
 
 def memory_fwd(
@@ -85,8 +54,26 @@ def memory_fwd(
     return *result, new_anchor, call.next_position()
 
 
-def state_fields(name: str, tensors: list[Tensor], residual_norm: bool) -> Fields:
-    """The fields of the ``mal_state`` called ``name``; all absent for an empty list."""
-    *layers, gain = [x.contiguous() for x in tensors] + [None] * (not residual_norm or not tensors)
-    first, last = ([None] * 2 + layers)[-2:]
-    return {f"{name}_first": first, f"{name}_last": last, f"{name}_gain": gain}
+def memory_bwd(
+    d_output: Tensor,
+    d_surprise: Tensor,
+    d_weights: list[Tensor],
+    d_trace: list[Tensor],
+    d_anchor: list[Tensor],
+    call: MemoryCall,
+) -> list[Tensor]:
+    """Gradients of the tensors that are given, in order.
+
+    The write is run again and keeps the state before every tile of 64 tokens, or of a chunk where
+    chunks are shorter. From there every tile goes back through its reads, and then the walk through
+    the writes.
+    """
+    write = call._replace(q=None)
+    first_tile, slots = tiles_of(call)
+    kept = [[w.new_empty(slots, *w.shape[1:]) for w in call.weights] for _ in range(2)]
+    memory_fwd(write, keeps=False, tiles=(kept[0], kept[1], first_tile))
+    before = Tiles(first_tile, slots, *kept)
+    d_queries, read = [], read_gradients(call, slots)
+    if call.q is not None:
+        d_queries = [read_bwd(d_output, call, before, read)]
+    return [*d_queries, *write_bwd(d_surprise, d_weights, d_trace, d_anchor, write, before, read)]

@@ -1,4 +1,4 @@
-"""Backward of the write and of the causal read.
+"""Backward of the causal read and of the write, from the state before every tile.
 
 Launcher of ``csrc/causal_read_bwd.cu`` and ``csrc/write_bwd.cu``.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..call import MemoryCall
 from . import library
-from .neural_memory import Fields, call_fields, memory_fwd, state_fields
+from .fields import Fields, call_fields, state_fields
 
 TILE = 64  # tokens, kTokens of csrc/neural_memory.h
 
@@ -24,31 +24,6 @@ class Tiles(NamedTuple):
     slots: int  # no fewer than there are tiles
     weights: list[Tensor]
     trace: list[Tensor]
-
-
-def memory_bwd(
-    d_output: Tensor,
-    d_surprise: Tensor,
-    d_weights: list[Tensor],
-    d_trace: list[Tensor],
-    d_anchor: list[Tensor],
-    call: MemoryCall,
-) -> list[Tensor]:
-    """Gradients of the tensors that are given, in order.
-
-    The write is run again and keeps the state before every tile of 64 tokens, or of a chunk where
-    chunks are shorter. From there every tile goes back through its reads, and then the walk through
-    the writes.
-    """
-    write = call._replace(q=None)
-    first_tile, slots = tiles(call)
-    kept = [[w.new_empty(slots, *w.shape[1:]) for w in call.weights] for _ in range(2)]
-    memory_fwd(write, keeps=False, tiles=(kept[0], kept[1], first_tile))
-    before = Tiles(first_tile, slots, *kept)
-    d_queries, read = [], read_gradients(call, slots)
-    if call.q is not None:
-        d_queries = [read_bwd(d_output, call, before, read)]
-    return [*d_queries, *write_bwd(d_surprise, d_weights, d_trace, d_anchor, write, before, read)]
 
 
 def read_bwd(d_output: Tensor, call: MemoryCall, before: Tiles, to: Fields) -> Tensor:
@@ -161,7 +136,7 @@ def write_bwd(
     return [d_k, d_v, *d_given, *(w for x in (*d_state, d_init) for w in x)]
 
 
-def tiles(call: MemoryCall) -> tuple[Tensor, int]:
+def tiles_of(call: MemoryCall) -> tuple[Tensor, int]:
     """``[rows]`` int64: each row's first tile among those of all rows; and a bound of their number.
 
     A tile ends where its chunk or its row ends, so besides those of whole chunks a row has at most

@@ -1,4 +1,4 @@
-"""One token a row, written and read in one launch, as :func:`mal_kernels.reference.neural_memory`.
+"""One token a row, written and read in one launch, as :func:`mal_kernels.reference.recurrence`.
 
 A program owns one row and head. With one token every product is of a vector and a matrix, and the
 closed form is the recurrence itself::

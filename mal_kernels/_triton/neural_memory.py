@@ -1,4 +1,4 @@
-"""Launchers of the write and the causal read. Computes :func:`mal_kernels.reference.neural_memory`.
+"""Launchers of the write and the causal read. Computes :func:`mal_kernels.reference.recurrence`.
 
 * one chunk (``chunk_size=None``), or chunks of more than 128 tokens: two launches a chunk, parallel
   over tiles and over slices of the state (:mod:`.write`);

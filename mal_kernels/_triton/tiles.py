@@ -75,7 +75,7 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):
-    """As ``reference.ACTIVATIONS``."""
+    """As :data:`mal_kernels.network.ACTIVATIONS`."""
     if ACT == "gelu":
         h = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACT == "gelu_tanh":

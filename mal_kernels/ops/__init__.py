@@ -1,6 +1,6 @@
 """The functional API: one file per op, contracts only."""
 
-from ..reference import MemoryUpdate, MomentumScan, NeuralMemoryOutput, ReadParams
+from ..state import MemoryUpdate, MomentumScan, NeuralMemoryOutput, ReadParams
 from ._backend import explain
 from .aligned_residual_read import aligned_residual_read, aligned_residual_read_
 from .memory_read import memory_read

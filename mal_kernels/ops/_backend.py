@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,8 @@ from torch import Tensor
 from ..errors import ArgumentError, BackendUnavailable
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
+# each has a file for every op that it serves, with the same functions in it
+FOLDERS = {"reference": "_torch", "triton": "_triton", "cuda": "_cuda"}
 TRITON_OPS = (
     "memory_read",
     "memory_update",
@@ -175,11 +178,6 @@ def explain(op: str) -> tuple[str, str]:
     return "reference", "no committed GPU result shows the Triton kernel to be faster"
 
 
-def full_precision(device: torch.device) -> torch.autocast:
-    """Keeps a surrounding autocast out of an op: state and accumulators stay float32."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def fresh(x: Tensor) -> Tensor:
-    """A contiguous copy: outputs alias nothing and have the strides that the fake promises."""
-    return x.clone(memory_format=torch.contiguous_format)
+def kernels(op: str, backend: str) -> Any:
+    """The launchers of ``op``, in the file of its name in the folder of ``backend``."""
+    return importlib.import_module(f"mal_kernels.{FOLDERS[backend]}.{op}")

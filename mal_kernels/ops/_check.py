@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..call import chunk_counts
 from ..errors import ArgumentError
-from ..reference import ACTIVATIONS
+from ..network import ACTIVATIONS
 from ..state import MemoryState
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -10,16 +10,12 @@ Every other row of ``hidden`` comes back bit for bit. ``3·Dm·H·D + 2·H·D·E
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..call import AlignedCall, emptied, refilled, schema, tensors_of
-from ..reference import ReadParams
-from ..state import MemoryState
-from ._backend import fresh, full_precision, memory_limit, resolve
+from ..state import MemoryState, ReadParams
+from ._backend import kernels, memory_limit, resolve
 from ._check import (
     check_fields,
     check_index,
@@ -39,10 +35,7 @@ def _forward(*flat):
     *fields, backend = flat
     call = AlignedCall(*fields)
     _check_places(call)
-    if launch := _launcher(backend):
-        return launch(call)
-    with full_precision(call.hidden.device):
-        return fresh(_read(call))
+    return kernels("aligned_residual_read", backend).aligned_fwd(call)
 
 
 def _check_places(call: AlignedCall) -> None:
@@ -55,26 +48,6 @@ def _check_places(call: AlignedCall) -> None:
         "token_index",
         "the same position twice",
         "every audio token once",
-    )
-
-
-def _launcher(backend: str) -> Callable[..., Tensor] | None:
-    """What runs the kernels of ``backend``; None for the reference."""
-    if backend == "triton":
-        from .._triton.aligned_residual_read import aligned_fwd
-    elif backend == "cuda":
-        from .._cuda.aligned_residual_read import aligned_fwd
-    else:
-        return None
-    return aligned_fwd
-
-
-def _read(call: AlignedCall) -> Tensor:
-    return reference.aligned_residual_read(
-        *call[:3],
-        *(MemoryState(tuple(call.weights), ()), ReadParams(*call.params)),
-        activation=call.activation,
-        residual_norm=call.residual_norm,
     )
 
 
@@ -92,11 +65,7 @@ def _forward_(*flat):
     *fields, backend = flat
     call = AlignedCall(*fields)
     _check_places(call)
-    if launch := _launcher(backend):
-        launch(call, in_place=True)
-        return
-    with full_precision(call.hidden.device):
-        call.hidden.copy_(_read(call))
+    kernels("aligned_residual_read", backend).aligned_fwd(call, in_place=True)
 
 
 @_forward_.register_fake
@@ -111,19 +80,7 @@ def _(*_):
 )
 def _backward(d_output, *flat):
     *fields, backend = flat
-    call = AlignedCall(*fields)
-    if backend == "triton":
-        from .._triton.aligned_residual_read import aligned_bwd
-
-        return aligned_bwd(d_output, call)
-
-    def forward(hidden, weights, params):
-        return _read(call._replace(hidden=hidden, weights=weights, params=params))
-
-    with full_precision(call.hidden.device):
-        vjp = torch.func.vjp(forward, call.hidden, call.weights, call.params)[1]
-        d_hidden, d_weights, d_params = vjp(d_output)
-    return fresh(d_hidden), [fresh(d) for d in d_weights], [fresh(d) for d in d_params]
+    return kernels("aligned_residual_read", backend).aligned_bwd(d_output, AlignedCall(*fields))
 
 
 @_backward.register_fake

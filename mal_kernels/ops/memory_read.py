@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..call import ReadCall, emptied, refilled, schema, tensors_of
 from ..state import MemoryState
-from ._backend import fresh, full_precision, memory_limit, resolve
+from ._backend import kernels, memory_limit, resolve
 from ._check import check_bounds, check_cu_seqlens, check_memory, check_tokens
 
 
@@ -24,22 +23,7 @@ def _forward(*flat):
     *fields, backend = flat
     call = ReadCall(*fields)
     check_bounds(call.cu_seqlens, call.q.shape[1])
-    if backend == "triton":
-        from .._triton.memory_read import read_fwd
-
-        return read_fwd(call)
-    with full_precision(call.q.device):
-        return fresh(_read(call))
-
-
-def _read(call: ReadCall) -> Tensor:
-    return reference.memory_read(
-        call.q,
-        MemoryState(tuple(call.weights), ()),
-        activation=call.activation,
-        residual_norm=call.residual_norm,
-        cu_seqlens=call.cu_seqlens,
-    )
+    return kernels("memory_read", backend).read_fwd(call)
 
 
 @_forward.register_fake
@@ -54,17 +38,7 @@ def _(q, *_):
 )
 def _backward(d_output, *flat):
     *fields, backend = flat
-    call = ReadCall(*fields)
-    if backend == "triton":
-        from .._triton.memory_read import read_bwd
-
-        return read_bwd(d_output, call)
-    with full_precision(call.q.device):
-        vjp = torch.func.vjp(
-            lambda q, weights: _read(call._replace(q=q, weights=weights)), call.q, call.weights
-        )[1]
-        d_q, d_weights = vjp(d_output)
-    return fresh(d_q), [fresh(d) for d in d_weights]
+    return kernels("memory_read", backend).read_bwd(d_output, ReadCall(*fields))
 
 
 @_backward.register_fake

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..reference import MemoryUpdate
-from ..state import MemoryState
+from ..state import MemoryState, MemoryUpdate
 from .neural_memory import neural_memory
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..call import ScanCall, emptied, refilled, schema, tensors_of
-from ..reference import MomentumScan
-from ..state import MemoryState
-from ._backend import fresh, full_precision, resolve
+from ..state import MemoryState, MomentumScan
+from ._backend import kernels, resolve
 from ._check import (
     check_bounds,
     check_cu_seqlens,
@@ -36,22 +34,7 @@ def _forward(*flat):
     call = ScanCall(*fields)
     check_gates(None, call.momentum, call.decay)
     check_bounds(call.cu_seqlens, call.update.shape[1])
-    if backend == "triton":
-        from .._triton.momentum_scan import scan_fwd
-
-        return scan_fwd(call)
-    if backend == "cuda":
-        from .._cuda.momentum_scan import scan_fwd
-
-        return scan_fwd(call)
-    with full_precision(call.update.device):
-        weights, trace = _scan(call)
-    return fresh(weights), fresh(trace)
-
-
-def _scan(call: ScanCall) -> MomentumScan:
-    initial = MemoryState((call.state[0],), (call.state[1],)) if call.state else None
-    return reference.momentum_scan(*call[:3], initial, cu_seqlens=call.cu_seqlens)
+    return kernels("momentum_scan", backend).scan_fwd(call)
 
 
 @_forward.register_fake
@@ -70,25 +53,7 @@ def _backward(d_weights, d_trace, weights, trace, *flat):
     """Gradients of update, momentum, decay and state, absent ones left out."""
     *fields, backend = flat
     call = ScanCall(*fields)
-    if backend == "triton":
-        from .._triton.momentum_scan import scan_bwd
-
-        return scan_bwd(d_weights, d_trace, weights, trace, call)
-    if backend == "cuda":
-        from .._cuda.momentum_scan import scan_bwd
-
-        return scan_bwd(d_weights, d_trace, weights, trace, call)
-
-    def forward(update, momentum, decay, state):
-        # None is no value to torch.func: an absent gate is an empty list
-        momentum, decay = (g[0] if g else None for g in (momentum, decay))
-        return tuple(_scan(ScanCall(update, momentum, decay, state, call.cu_seqlens)))
-
-    gates = ([] if g is None else [g] for g in (call.momentum, call.decay))
-    with full_precision(call.update.device):
-        vjp = torch.func.vjp(forward, call.update, *gates, call.state)[1]
-        d_update, *rest = vjp((d_weights, d_trace))
-    return [fresh(d_update), *(fresh(g) for grads in rest for g in grads)]
+    return kernels("momentum_scan", backend).scan_bwd(d_weights, d_trace, weights, trace, call)
 
 
 @_backward.register_fake

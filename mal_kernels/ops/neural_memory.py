@@ -1,6 +1,6 @@
 """The causal Titans layer: write every token and read it back at its own weights.
 
-Computes :func:`mal_kernels.reference.neural_memory`; the mathematics stands there. For one chunk
+Computes :func:`mal_kernels.reference.recurrence`; the mathematics stands there. For one chunk
 of ``C`` tokens, one head and two layers of width ``E``::
 
     write   5·C·D·E multiply-adds (3 for the gradient's factors, 2 for W), 2 more for S
@@ -18,11 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..call import MemoryCall, emptied, n_chunks, refilled, schema, tensors_of
-from ..reference import NeuralMemoryOutput
-from ..state import MemoryState
-from ._backend import fresh, full_precision, memory_limit, resolve
+from ..state import MemoryState, NeuralMemoryOutput
+from ._backend import kernels, memory_limit, resolve
 from ._check import (
     check_bounds,
     check_chunk_gates,
@@ -54,23 +52,7 @@ def _forward(*flat):
     if call.step == "chunk":
         gates = dict(momentum=call.momentum, decay=call.decay)
         check_chunk_gates(call.cu_seqlens, call.chunk_size, **gates)
-    if backend == "triton":
-        from .._triton.neural_memory import memory_fwd
-
-        return memory_fwd(call)
-    if backend == "cuda":
-        from .._cuda.neural_memory import memory_fwd
-
-        return memory_fwd(call)
-    with full_precision(call.k.device):
-        output, new, surprise = reference.neural_memory(*call[:6], call.state, **call.options)
-    k = call.k
-    offset = k.new_empty(0, dtype=torch.int64) if new.position is None else new.position
-    # the anchor may be the given weights, and so may the weights if nothing was written
-    copy = fresh if k.shape[1] == 0 else Tensor.contiguous
-    weights, trace = ([copy(w) for w in x] for x in new[:2])
-    anchor = [fresh(w) for w in new.anchor or ()]
-    return output.contiguous(), surprise.contiguous(), weights, trace, anchor, offset
+    return kernels("neural_memory", backend).memory_fwd(call)
 
 
 @_forward.register_fake
@@ -95,21 +77,8 @@ def _(*flat):
 )
 def _backward(*flat):
     """Gradients of every tensor given, in order, absent ones left out."""
-    d_output, d_surprise, d_weights, d_trace, d_anchor, *inputs, backend = flat
-    call = MemoryCall(*inputs)
-    if backend == "triton":
-        from .._triton.neural_memory import memory_bwd
-
-        return memory_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, call)
-    if backend == "cuda":
-        from .._cuda.neural_memory_backward import memory_bwd
-
-        return memory_bwd(d_output, d_surprise, d_weights, d_trace, d_anchor, call)
-    d_state = MemoryState(tuple(d_weights), tuple(d_trace), tuple(d_anchor) or None)
-    given = NeuralMemoryOutput(d_output, d_state, d_surprise)
-    with full_precision(call.k.device):
-        found = reference.neural_memory_backward(given, *call[:6], call.state, **call.options)
-    return [fresh(g) for g in found]
+    d_outputs, call, backend = flat[:5], MemoryCall(*flat[5:-1]), flat[-1]
+    return kernels("neural_memory", backend).memory_bwd(*d_outputs, call)
 
 
 @_backward.register_fake
@@ -243,11 +212,7 @@ def neural_memory(
         features=k.shape[3],
         tokens=k.shape[0] * k.shape[1],
     )
-    output, surprise, weights, trace, anchor, position = _forward(*call, name)
-    new = MemoryState(tuple(weights), tuple(trace))
-    if anchor:
-        new = new._replace(anchor=tuple(anchor), position=position)
-    return NeuralMemoryOutput(output, new, surprise)
+    return NeuralMemoryOutput.of(*_forward(*call, name))
 
 
 def _cuda_limit(call: MemoryCall) -> str | None:

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import reference
-from ..call import n_chunks
-from ..state import MemoryState
+from .._torch.neural_memory import memory_fwd
+from ..call import MemoryCall, n_chunks
+from ..state import MemoryState, NeuralMemoryOutput
 
 
 class Inputs(NamedTuple):
@@ -144,6 +145,16 @@ def make_inputs(
         state = state._replace(anchor=anchor, position=torch.arange(rows) * 3 % chunk_size)
     rates = (momentum, decay) if gates else (None, None)
     return Inputs._make([q, k, v, lr, *rates, state, options]).to(dtype)
+
+
+def closed_form(*args: Any, **options: Any) -> NeuralMemoryOutput:
+    """The memory as the portable backend computes it, outside of the operator.
+
+    Arguments and result are those of :func:`mal_kernels.ops.neural_memory`; nothing is checked.
+    Autograd goes through it and :class:`low_precision` sees its products, so it is the twin.
+    """
+    *tokens, state = args
+    return NeuralMemoryOutput.of(*memory_fwd(MemoryCall.of(tokens, state, **options)))
 
 
 # matrix products; the factors are their last positional arguments
@@ -283,5 +294,5 @@ def assert_parity(function: Callable[..., Any], inputs: Inputs) -> None:
     twin = None
     if dtype != torch.float32:
         with low_precision(dtype):
-            twin = results(reference.neural_memory, inputs.to(torch.float32))
+            twin = results(closed_form, inputs.to(torch.float32))
     assert_all_within_budget(results(function, inputs), golden, twin, dtype)

@@ -194,7 +194,6 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
         aligned_residual_read,
         momentum_scan,
         neural_memory,
-        neural_memory_backward,
     )
 
     x, gate = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
@@ -205,7 +204,7 @@ def test_launchers_pass_the_fields_of_the_interface(monkeypatch):
     x = x.half()
     call = MemoryCall(x, x, x, *[gate] * 3, state, state, [], [], chunk_size=8, activation="relu")
     neural_memory.memory_fwd(call, keeps=False)
-    neural_memory_backward.memory_bwd(x, gate, state, state, [], call)
+    neural_memory.memory_bwd(x, gate, state, state, [], call)
     monkeypatch.setattr(aligned_residual_read, "multiprocessors", lambda _: 132)
     index = torch.zeros(2, dtype=torch.int64)
     read = AlignedCall(x[0], index, index, state, [x] * 4, "relu", False)

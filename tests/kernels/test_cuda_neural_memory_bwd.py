@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_cuda_ops import CASES, memory_inputs
 
-from mal_kernels import ops, reference
-from mal_kernels.reference import NeuralMemoryOutput
-from mal_kernels.testing import assert_all_within_budget, low_precision, results
+from mal_kernels import ops
+from mal_kernels.ops import NeuralMemoryOutput
+from mal_kernels.testing import assert_all_within_budget, closed_form, low_precision, results
 from mal_kernels.testing.emulation import devices
 
 device = devices("neural_memory_fwd.cu", "causal_read_bwd.cu", "write_bwd.cu")
@@ -51,8 +51,8 @@ def write_on(device, cuts=()):
     return layer_on(device, cuts, reads=False)
 
 
-def closed_form(_, *given, **options):
-    return reference.neural_memory(None, *given, **options)
+def closed_write(_, *given, **options):
+    return closed_form(None, *given, **options)
 
 
 def gradient_inputs(dtype=torch.bfloat16, **case):
@@ -62,7 +62,7 @@ def gradient_inputs(dtype=torch.bfloat16, **case):
     return inputs._replace(lr=gates[0], momentum=gates[1], decay=gates[2])
 
 
-def assert_within_budgets(function, inputs, dtype, definition=closed_form):
+def assert_within_budgets(function, inputs, dtype, definition=closed_write):
     golden = results(definition, inputs.to(torch.float64))
     with low_precision(dtype):
         twin = results(definition, inputs.to(torch.float32))
@@ -98,7 +98,7 @@ def test_gradients_of_the_state(case, device):
     # without those of the surprise, which are first order and much larger, every term shows
     heads = 2 if "ragged" in case or "linear" in case else 1  # of few gates the error is chance
     inputs = gradient_inputs(torch.float16, **CASES[case] | dict(heads=heads))
-    assert_within_budgets(of_state(write_on(device)), inputs, torch.float16, of_state(closed_form))
+    assert_within_budgets(of_state(write_on(device)), inputs, torch.float16, of_state(closed_write))
 
 
 @pytest.mark.parametrize("case", READS)
@@ -106,7 +106,7 @@ def test_gradients_of_what_is_read(case, device):
     # without the others, which would cover them
     sizes = dict(heads=2 if CASES[case].get("tokens", 40) < 50 else 1)  # gates as above
     inputs = gradient_inputs(torch.float16, **CASES[case] | sizes)
-    layer, definition = of_output(layer_on(device)), of_output(reference.neural_memory)
+    layer, definition = of_output(layer_on(device)), of_output(closed_form)
     assert_within_budgets(layer, inputs, torch.float16, definition)
 
 
@@ -119,7 +119,7 @@ def test_gradients(case, device):
 @pytest.mark.parametrize("case", ["inside a chunk, norm, init", "linear, norm, clip", "no tokens"])
 def test_gradients_of_all_that_the_layer_gives(case, device):
     inputs = gradient_inputs(torch.bfloat16, **CASES[case])
-    assert_within_budgets(layer_on(device), inputs, torch.bfloat16, reference.neural_memory)
+    assert_within_budgets(layer_on(device), inputs, torch.bfloat16, closed_form)
 
 
 @pytest.mark.parametrize("reads", [False, True])
@@ -130,7 +130,7 @@ def test_a_stream_that_is_cut_has_the_gradients_of_the_whole(reads, device):
         assert torch.equal(again[name], x), name
         assert torch.equal(cut[name], x), name  # through memory, in float32
     # inside a chunk, whose tokens then meet in other sums
-    definition = reference.neural_memory if reads else closed_form
+    definition = closed_form if reads else closed_write
     assert_within_budgets(layer_on(device, (40,), reads), inputs, torch.bfloat16, definition)
 
 

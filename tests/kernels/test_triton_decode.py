@@ -10,7 +10,7 @@ import torch
 
 from mal_kernels import ops, reference
 from mal_kernels.call import MemoryCall
-from mal_kernels.testing import make_inputs
+from mal_kernels.testing import closed_form, make_inputs
 from tests.support.parity import (
     DEVICE,
     DTYPES,
@@ -72,7 +72,7 @@ def test_parity_of_half_precision(case, dtype):
     inputs = make_inputs(dtype=dtype, **CASES[case])
     inputs = inputs._replace(state=inputs.state.to(DEVICE)).map(lambda t: t.to(DEVICE))
     # the twin rounds what the matrix products of the closed form are given
-    golden = on_tensors(reference.neural_memory, inputs)
+    golden = on_tensors(closed_form, inputs)
     assert_same(triton(inputs), golden, inputs.tensors(), dtype, values)
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mal_kernels import MemoryState, ops, reference
-from mal_kernels.testing import make_inputs
+from mal_kernels import MemoryState, ops
+from mal_kernels._torch.aligned_residual_read import aligned_fwd
+from mal_kernels._torch.memory_read import read_fwd
+from mal_kernels._torch.momentum_scan import scan_fwd
+from mal_kernels.call import AlignedCall, ReadCall, ScanCall
+from mal_kernels.testing import closed_form, make_inputs
 from tests.support.parity import (
     DEVICE,
     DTYPES,
@@ -67,7 +71,7 @@ def layer(case, dtype):
     """The op, its closed form in plain PyTorch, and their tensors."""
     inputs = moved(make_inputs(dtype=dtype, **case), DEVICE)
     triton = on_tensors(ops.neural_memory, inputs, backend="triton")
-    return triton, on_tensors(reference.neural_memory, inputs), inputs.tensors()
+    return triton, on_tensors(closed_form, inputs), inputs.tensors()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,14 +108,16 @@ def turns(dtype):
 def test_aligned_residual_read(dtype):
     tensors, (token_index, state_index, _) = turns(dtype)
 
-    def call(function, hidden, w1, w2, *params, **more):
+    def triton(hidden, w1, w2, *params):
         state = MemoryState((w1, w2), (w1, w2))
-        return function(hidden, token_index, state_index, state, ops.ReadParams(*params), **more)
+        places = (token_index, state_index, state, ops.ReadParams(*params))
+        return ops.aligned_residual_read(hidden, *places, backend="triton")
 
-    def triton(*tensors):
-        return call(ops.aligned_residual_read, *tensors, backend="triton")
+    def portable(hidden, w1, w2, *params):
+        places = (token_index, state_index, [w1, w2], list(params))
+        return aligned_fwd(AlignedCall(hidden, *places, "gelu", False))
 
-    assert_same(triton, lambda *t: call(reference.aligned_residual_read, *t), tensors, dtype)
+    assert_same(triton, portable, tensors, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,14 +125,14 @@ def test_memory_read(dtype):
     (_, w1, w2, *_), (_, state_index, cu_seqlens) = turns(dtype)
     q = torch.randn(1, len(state_index), w1.shape[1], w1.shape[2], device=DEVICE).to(dtype)
 
-    def call(function, q, *weights, **more):
+    def triton(q, *weights):
         state = MemoryState.from_weights(weights)
-        return function(q, state, cu_seqlens=cu_seqlens, **more)
+        return ops.memory_read(q, state, cu_seqlens=cu_seqlens, backend="triton")
 
-    def triton(*tensors):
-        return call(ops.memory_read, *tensors, backend="triton")
+    def portable(q, *weights):
+        return read_fwd(ReadCall(q, list(weights), cu_seqlens, "gelu", False))
 
-    assert_same(triton, lambda *t: call(reference.memory_read, *t), [q, w1, w2], dtype)
+    assert_same(triton, portable, [q, w1, w2], dtype)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +145,10 @@ def test_momentum_scan(shape):
     def triton(*tensors):
         return ops.momentum_scan(*tensors, backend="triton")
 
-    assert_same(triton, reference.momentum_scan, tensors, torch.float32)
+    def portable(*tensors):
+        return scan_fwd(ScanCall(*tensors, [], None))
+
+    assert_same(triton, portable, tensors, torch.float32)
 
 
 def test_a_hundred_thousand_tokens_do_not_drift():

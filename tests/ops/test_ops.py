@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from mal_kernels import ArgumentError, BackendUnavailable, MemoryState, ops, reference
+from mal_kernels import ArgumentError, BackendUnavailable, MemoryState, ops
 from mal_kernels.call import MemoryCall
-from mal_kernels.testing import assert_parity, make_inputs, results
+from mal_kernels.testing import assert_parity, closed_form, make_inputs, results
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = {
@@ -303,6 +303,6 @@ def test_bad_input_of_the_scan():
 
 def test_reference_and_op_agree_on_what_is_a_state():
     *args, options = make_inputs(tokens=16)
-    assert reference.neural_memory(*args, **options).state.position is None
+    assert closed_form(*args, **options).state.position is None
     assert ops.neural_memory(*args, **options).state.position is None
     assert ops.neural_memory(*[x[:, :3] for x in args[:6]], args[6], **options).state.anchor

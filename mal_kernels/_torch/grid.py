@@ -1,14 +1,15 @@
-"""Rows of unequal length on one grid of chunks: how the reference lays out tokens."""
+"""Rows of unequal length on one grid of chunks: how the portable backend lays out tokens."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from .call import chunk_counts
+from ..call import bounds_of, chunk_counts
 
 
 class Grid(NamedTuple):
@@ -31,11 +32,12 @@ class Grid(NamedTuple):
     def of(
         cls,
         x: Tensor,
-        bounds: list[tuple[int, int, int]],
-        position: Tensor | None,
-        chunk_size: int | None,
+        cu_seqlens: Tensor | None,
+        position: Tensor | None = None,
+        chunk_size: int | None = None,
     ) -> Grid:
-        """The grid of tokens ``x`` ``[B, T, H, ...]`` in the rows ``bounds``."""
+        """The grid of tokens ``x`` ``[B, T, H, ...]``, ragged if ``cu_seqlens`` is given."""
+        bounds = bounds_of(x, cu_seqlens)
         counted = [end - begin for _, begin, end in bounds]
         lengths = torch.tensor(counted, dtype=torch.int64, device=x.device)
         start = torch.zeros_like(lengths) if position is None else position
@@ -63,34 +65,36 @@ class Grid(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, T, H, ...]`` to ``[chunks, G, size, ...]``, zero where there is no token."""
-        x = x.flatten(0, 1)
+        x = rearrange(x, "b t ... -> (b t) ...")
         if self.slot is not None:
             empty = x.new_zeros(self.rows * self.chunks * self.size, *x.shape[1:])
             x = empty.index_copy(0, self.slot, x)
-        grid = x.view(self.rows, self.chunks, self.size, *x.shape[1:])
-        return grid.transpose(0, 1).transpose(2, 3).contiguous().flatten(1, 2)
+        sizes = dict(n=self.rows, c=self.chunks, s=self.size)
+        return rearrange(x, "(n c s) h ... -> c (n h) s ...", **sizes).contiguous()
 
     def pack_chunk_gate(self, gate: Tensor) -> Tensor:
         """``[B, NC, H]`` to ``[chunks, G]``."""
-        return gate.flatten(0, 1)[self.gate_index].flatten(1)
+        return rearrange(rearrange(gate, "b c h -> (b c) h")[self.gate_index], "c n h -> c (n h)")
 
-    def unpack(self, chunks: list[Tensor], like: Tensor) -> Tensor:
+    def unpack(self, chunks: Sequence[Tensor], like: Tensor) -> Tensor:
         """The inverse of :meth:`pack`, with the shape and dtype of ``like``; a new tensor."""
-        if not chunks:
+        if not len(chunks):
             return torch.zeros_like(like)
-        x = torch.cat([self.per_row(chunk).transpose(1, 2) for chunk in chunks], 1)
+        heads = dict(n=self.rows, h=self.heads)
+        rows = [rearrange(chunk, "(n h) s ... -> n s h ...", **heads) for chunk in chunks]
+        x = torch.cat(rows, 1)
         if self.slot is not None:
-            x = x.flatten(0, 1)[self.slot]
+            x = rearrange(x, "n t ... -> (n t) ...")[self.slot]
         return x.reshape(like.shape).to(like.dtype)
+
+    def unpack_chunk_gate(self, chunks: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The transpose of :meth:`pack_chunk_gate`; of a gate's chunks one alone is not idle."""
+        total = torch.zeros_like(rearrange(like, "b c h -> (b c) h"))
+        for index, chunk in zip(self.gate_index, chunks, strict=True):
+            row = rearrange(chunk, "(n h) -> n h", h=self.heads).to(total.dtype)
+            total = total.index_add(0, index, row)
+        return total.view(like.shape)
 
     def per_row(self, x: Tensor) -> Tensor:
         """``[G, ...]`` to ``[N, H, ...]``."""
-        return x.view(self.rows, self.heads, *x.shape[1:])
-
-
-def bounds_of(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
-    """``(b, begin, end)`` of every sequence."""
-    if cu_seqlens is None:
-        return [(b, 0, x.shape[1]) for b in range(x.shape[0])]
-    marks = cu_seqlens.tolist()
-    return [(0, begin, end) for begin, end in pairwise(marks)]
+        return rearrange(x, "(n h) ... -> n h ...", n=self.rows, h=self.heads)

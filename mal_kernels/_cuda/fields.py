@@ -1,0 +1,52 @@
+"""A call of the memory as the fields of the structs of ``csrc/mal_kernels.h``."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from torch import Tensor
+
+from ..call import MemoryCall, n_chunks
+from . import library
+
+Fields: TypeAlias = dict[str, Tensor | int | float | None]
+
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
+
+
+def call_fields(c: MemoryCall) -> Fields:
+    """The fields of ``mal_memory_call``."""
+    rows, heads, dim, hidden = c.weights[0].shape
+    return dict(
+        dtype=library.DTYPES[c.k.dtype],
+        rows=rows,
+        T=c.k.shape[1],
+        H=heads,
+        D=dim,
+        E=hidden,
+        chunk_size=min(c.size, 2**30),
+        chunk_gates=n_chunks(c.k.shape[1], c.size),
+        token_steps=c.step == "token",
+        activation=ACTIVATIONS[c.activation],
+        max_grad_norm=float(c.max_grad_norm or 0),
+        q=None if c.q is None else c.q.contiguous(),
+        k=c.k.contiguous(),
+        v=c.v.contiguous(),
+        lr=c.lr.float().contiguous(),
+        momentum=None if c.momentum is None else c.momentum.float().contiguous(),
+        decay=None if c.decay is None else c.decay.float().contiguous(),
+        cu_seqlens=None if c.cu_seqlens is None else c.cu_seqlens.long().contiguous(),
+        first_gate=c.first_gates() if c.step == "chunk" else None,
+        position=None if c.position is None else c.position.contiguous(),
+        **state_fields("weights", c.weights, c.residual_norm),
+        **state_fields("trace", c.trace, c.residual_norm),
+        **state_fields("anchor", c.anchor, c.residual_norm),
+        **state_fields("init", c.init, c.residual_norm),
+    )
+
+
+def state_fields(name: str, tensors: list[Tensor], residual_norm: bool) -> Fields:
+    """The fields of the ``mal_state`` called ``name``; all absent for an empty list."""
+    *layers, gain = [x.contiguous() for x in tensors] + [None] * (not residual_norm or not tensors)
+    first, last = ([None] * 2 + layers)[-2:]
+    return {f"{name}_first": first, f"{name}_last": last, f"{name}_gain": gain}
