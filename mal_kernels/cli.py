@@ -24,7 +24,6 @@ from rich.text import Text
 
 from mal_kernels import __version__, ops
 from mal_kernels.errors import ArgumentError, BackendUnavailable, MALError, needs
-from mal_kernels.ops._backend import resolve
 
 # what doctor reports, and how to get it
 PACKAGES = {
@@ -137,16 +136,15 @@ def doctor(
     backends = Table(
         "op", "backend", "why", title="Backends of mal_kernels.ops", title_justify="left"
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     broken = False
     # a trailing underscore is the same op in place
     functions = {n.removesuffix("_") for n in ops.__all__ if n.islower()} - {"explain"}
     for op in sorted(functions):
-        backend, why = ops.explain(op)
         try:
-            resolve("auto", op, device)
+            backend, why = ops.explain(op)
         except MALError as error:
-            broken, why = True, f"[red]cannot be used:[/red] {escape(str(error))}"
+            broken, backend = True, os.environ.get("MAL_BACKEND", "auto")
+            why = f"[red]cannot be used:[/red] {escape(str(error))}"
         backends.add_row(op, escape(backend), why)
     console.print(backends)
     if broken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -26,11 +27,22 @@ TRITON_OPS = (
     "aligned_residual_read",
 )
 CUDA_OPS = ("momentum_scan", "memory_update", "neural_memory", "aligned_residual_read")
-# GPU results that bench/gpu_session.sh wrote; in each a backend was right, and faster than the
-# reference (cuda: than Triton too) forward and, where it has one, backward: backend, op, dtype,
-# features (of a head), tokens (of the whole call), architecture, and for people speedup, device,
-# commit
-MEASURED: list[dict[str, Any]] = json.loads(Path(__file__).with_name("measured.json").read_text())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def measured() -> list[dict[str, Any]]:
+    """GPU results that ``bench/gpu_session.sh`` wrote, read at first use.
+
+    In each a backend was right, and faster than the reference (CUDA: than Triton too), forward and,
+    where it has one, backward: backend, op, dtype, features (of a head), tokens (of the whole
+    call), architecture, and for people speedup, device, commit.
+    """
+    return _read_measured()
+
+
+@functools.cache
+def _read_measured() -> list[dict[str, Any]]:
+    return json.loads(Path(__file__).with_name("measured.json").read_text())
 
 
 def resolve(
@@ -43,12 +55,12 @@ def resolve(
     dtype: torch.dtype | None = None,
     features: int = 0,
     tokens: int = 0,
-) -> str:
-    """The implementation that ``backend`` names for ``op``; ``MAL_BACKEND`` overrides ``"auto"``.
+) -> tuple[str, str]:
+    """The implementation that ``backend`` names for ``op``, and why it is that one.
 
-    ``auto`` is the reference, but the CUDA kernels, else Triton, where :data:`MEASURED` holds a
-    result of theirs on this architecture for the op, the dtype and a size like this one
-    (:func:`covers`), and where they can serve the call.
+    ``MAL_BACKEND`` overrides ``"auto"``, which is the reference, but the CUDA kernels, else Triton,
+    where :func:`measured` holds a result of theirs on this architecture for the op, the dtype and a
+    size like this one (:func:`covers`), and where they can serve the call.
 
     Args:
         backend: one of :data:`BACKENDS`.
@@ -56,7 +68,7 @@ def resolve(
         device: of the tensors.
         triton_limit: why the Triton kernels cannot serve this call; None if they can.
         cuda_limit: the same of the CUDA kernels.
-        dtype: of the tokens.
+        dtype: of the tokens; None: of calls of any size.
         features: of a head.
         tokens: of the whole call.
 
@@ -69,17 +81,15 @@ def resolve(
         source, backend = "MAL_BACKEND", os.environ.get("MAL_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ArgumentError(f"{source}: got {backend!r}, expected one of {BACKENDS}")
-    if backend == "auto" and device.type == "cuda":
-        found = measured_on(op, device)
-        proven = {m["backend"] for m in found if covers(m, dtype, features, tokens)}
+    if backend == "auto":
         able = {
             "cuda": cuda_limit or _no_cuda(device),
             "triton": triton_limit or _no_triton(device),
         }
-        usable = (b for b, limit in able.items() if b in proven and limit is None)
-        backend = next(usable, "reference")
-    if backend not in ("triton", "cuda"):
-        return "reference"
+        usable = [name for name, limit in able.items() if limit is None]
+        return _fastest(op, device, usable, dtype, features, tokens)
+    if backend == "reference":
+        return "reference", f"{source} is set"
     missing: str | None = f"this version has no {backend} kernel for {op}"
     if backend == "triton" and op in TRITON_OPS:
         missing = _no_triton(device) or triton_limit
@@ -89,13 +99,33 @@ def resolve(
         raise BackendUnavailable(
             f"{source}={backend!r}: {missing}; use backend='reference' (any device) or 'auto'"
         )
-    return backend
+    return backend, f"{source} is set"
+
+
+def _fastest(
+    op: str,
+    device: torch.device,
+    usable: Sequence[str],
+    dtype: torch.dtype | None,
+    features: int,
+    tokens: int,
+) -> tuple[str, str]:
+    """What ``auto`` takes of the ``usable`` backends, first the one to be preferred; and why."""
+    if device.type != "cuda":
+        return "reference", "no CUDA device here; no committed result says otherwise for a CPU"
+    found = measured_on(op, device)
+    for name in usable:
+        near = [m for m in found if m["backend"] == name and covers(m, dtype, features, tokens)]
+        if near:
+            sizes = [f"{m['dtype']} {m['features']} features {m['tokens']} tokens" for m in near]
+            return name, f"measured faster near {'; '.join(sizes)}; elsewhere reference"
+    return "reference", "no committed GPU result shows a kernel to be faster for such a call"
 
 
 def measured_on(op: str, device: torch.device) -> list[dict[str, Any]]:
     """The committed results of ``op`` on GPUs of the architecture of ``device``."""
     name = architecture(device)
-    return [m for m in MEASURED if m["op"] == op and m["architecture"] == name]
+    return [m for m in measured() if m["op"] == op and m["architecture"] == name]
 
 
 def architecture(device: torch.device) -> str:
@@ -106,16 +136,16 @@ def architecture(device: torch.device) -> str:
     return f"sm_{found.major}{found.minor}"
 
 
-def covers(measured: dict[str, Any], dtype: torch.dtype | None, features: int, tokens: int) -> bool:
+def covers(result: dict[str, Any], dtype: torch.dtype | None, features: int, tokens: int) -> bool:
     """Whether a result speaks for a call.
 
-    It does for the same dtype, at most as many features and more than half, and a quarter to four
-    times as many tokens.
+    It does for calls in general (``dtype=None``), and for those of the same dtype, at most as many
+    features and more than half, and a quarter to four times as many tokens.
     """
-    return (
-        str(dtype) == measured["dtype"]
-        and measured["features"] < 2 * features <= 2 * measured["features"]
-        and measured["tokens"] <= 4 * tokens <= 16 * measured["tokens"]
+    return dtype is None or (
+        str(dtype) == result["dtype"]
+        and result["features"] < 2 * features <= 2 * result["features"]
+        and result["tokens"] <= 4 * tokens <= 16 * result["tokens"]
     )
 
 
@@ -154,28 +184,14 @@ def memory_limit(
 
 
 def explain(op: str) -> tuple[str, str]:
-    """The backend ``auto`` uses for ``op`` and the reason, for people.
+    """Which backend ``auto`` uses for ``op`` on this machine, and the reason, for people.
 
     Example:
         >>> from mal_kernels.ops import explain
         >>> explain("memory_read")[0]
         'reference'
     """
-    backend = os.environ.get("MAL_BACKEND")
-    if backend not in (None, "auto"):
-        return backend, "MAL_BACKEND is set"
-    if op not in TRITON_OPS:
-        return "reference", "the only backend in this version"
-    if not torch.cuda.is_available():
-        return "reference", "no CUDA device here; no committed result says otherwise for a CPU"
-    if found := measured_on(op, torch.device("cuda")):
-        sizes = (
-            f"{m['backend']} {m['dtype']} {m['features']} features {m['tokens']} tokens"
-            for m in found
-        )
-        best = "cuda" if any(m["backend"] == "cuda" for m in found) else "triton"
-        return best, f"measured faster near {'; '.join(sizes)}; elsewhere reference"
-    return "reference", "no committed GPU result shows the Triton kernel to be faster"
+    return resolve("auto", op, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def kernels(op: str, backend: str) -> Any:

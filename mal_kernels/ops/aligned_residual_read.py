@@ -270,13 +270,14 @@ def _checked(
 def _backend_of(call: AlignedCall, backend: str) -> str:
     hidden, weights = call.hidden, call.weights
     limit = memory_limit(hidden.dtype, weights, call.residual_norm, linear=128)
-    return resolve(
+    name, _ = resolve(
         *(backend, "aligned_residual_read", hidden.device, limit),
         cuda_limit=limit or _cuda_limit(call),
         dtype=hidden.dtype,
         features=weights[0].shape[2],
         tokens=len(call.token_index),
     )
+    return name
 
 
 def _cuda_limit(call: AlignedCall) -> str | None:

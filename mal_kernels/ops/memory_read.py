@@ -98,7 +98,7 @@ def memory_read(
     limit = memory_limit(q.dtype, state.weights, residual_norm)
     if cu_seqlens is not None and rows > 4096:  # every program finds its sequence among all
         limit = f"the kernels serve up to 4096 ragged sequences, not {rows}"
-    name = resolve(
+    name, _ = resolve(
         *(backend, "memory_read", q.device, limit),
         dtype=q.dtype,
         features=q.shape[3],

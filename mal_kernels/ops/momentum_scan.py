@@ -129,7 +129,7 @@ def momentum_scan(
             check_state_tensor(f"state.{name}[0]", field[0], shape, dtype, update.device)
             tensors.append(field[0])
     limit = "float64 is served by the reference alone" if update.dtype == torch.float64 else None
-    name = resolve(
+    name, _ = resolve(
         *(backend, "momentum_scan", update.device, limit),
         cuda_limit=limit,
         dtype=update.dtype,

@@ -204,7 +204,7 @@ def neural_memory(
         residual_norm=residual_norm,
         max_grad_norm=max_grad_norm,
     )
-    name = resolve(
+    name, _ = resolve(
         *(backend, "memory_update" if q is None else "neural_memory", k.device),
         memory_limit(k.dtype, call.weights, residual_norm),
         cuda_limit=_cuda_limit(call),

@@ -266,11 +266,14 @@ CALL = dict(dtype=torch.bfloat16, features=64, tokens=112)
 def on_hopper(monkeypatch):
     """``auto`` on a GPU for which one result is committed."""
     monkeypatch.delenv("MAL_BACKEND", raising=False)
-    monkeypatch.setattr(_backend, "MEASURED", gpu_report.measured(a_result()))
+    committed = gpu_report.measured(a_result())
+    monkeypatch.setattr(_backend, "measured", lambda: committed)
     monkeypatch.setattr(_backend, "architecture", lambda device: "sm_90")
 
     def resolve(op="memory_read", device="cuda", limit=None, backend="auto", **call):
-        return _backend.resolve(backend, op, torch.device(device), limit, **(CALL | call))
+        name, why = _backend.resolve(backend, op, torch.device(device), limit, **(CALL | call))
+        assert why
+        return name
 
     return resolve
 
@@ -308,8 +311,9 @@ def test_auto_takes_cuda_where_it_is_faster_than_triton(on_hopper, monkeypatch):
     assert [entry["backend"] for entry in gpu_report.measured(result)] == ["triton"]
     ms["cuda"] = {"median": 0.01}
     monkeypatch.setattr(_backend, "CUDA_OPS", ("memory_read",))
-    monkeypatch.setattr(_backend, "MEASURED", gpu_report.measured(result))
-    assert [entry["backend"] for entry in _backend.MEASURED] == ["triton", "cuda"]
+    committed = gpu_report.measured(result)
+    monkeypatch.setattr(_backend, "measured", lambda: committed)
+    assert [entry["backend"] for entry in committed] == ["triton", "cuda"]
     assert on_hopper() == "cuda"
     assert on_hopper(cuda_limit="no backward") == "triton"
 
@@ -342,4 +346,4 @@ def test_what_is_committed_is_complete():
         "commit",
         "speedup",
     }
-    assert all(set(entry) == keys for entry in _backend.MEASURED)
+    assert all(set(entry) == keys for entry in _backend.measured())
