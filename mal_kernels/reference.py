@@ -167,7 +167,7 @@ def memory_read(
             x = rearrange(q[b, t].to(weights[0].dtype), "h d -> h 1 d")
             read.append(memory_network(weights, x, activation, residual_norm))
     if not read:
-        return torch.zeros_like(q)
+        return q.clone()  # nothing, and autograd may ask for its gradient
     return rearrange(read, "(b t) h 1 d -> b t h d", b=len(q)).to(q.dtype)
 
 
@@ -218,7 +218,7 @@ def momentum_scan(
             weights.append(w)
             trace.append(s)
     if not weights:
-        return MomentumScan(*(torch.zeros_like(update, dtype=dtype) for _ in range(2)))
+        return MomentumScan(update.to(dtype, copy=True), update.to(dtype, copy=True))
     return MomentumScan(
         *(rearrange(x, "(b t) h ... -> b t h ...", b=len(update)) for x in (weights, trace))
     )

@@ -97,4 +97,4 @@ class Grid(NamedTuple):
 
     def per_row(self, x: Tensor) -> Tensor:
         """``[G, ...]`` to ``[N, H, ...]``."""
-        return rearrange(x, "(n h) ... -> n h ...", n=self.rows, h=self.heads)
+        return x.view(self.rows, self.heads, *x.shape[1:])

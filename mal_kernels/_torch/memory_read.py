@@ -75,4 +75,4 @@ def network_backward(
 
 def fold(layers: Sequence[Tensor]) -> list[Tensor]:
     """``[N, H, ...]`` to ``[G, ...]``."""
-    return [rearrange(w, "n h ... -> (n h) ...") for w in layers]
+    return [w.flatten(0, 1) for w in layers]

@@ -78,10 +78,15 @@ class _Walked(NamedTuple):
     after: tuple[list[Tensor], list[Tensor]]  # weights and momentum
 
 
-def _walk(call: MemoryCall, chunks: _Chunks) -> Iterator[_Walked]:
+def _start(call: MemoryCall) -> Start:
+    """The state that the call is given."""
+    weights = fold(call.weights)
+    return Start(weights, fold(call.trace), fold(call.anchor) or weights, fold(call.init))
+
+
+def _walk(call: MemoryCall, chunks: _Chunks, given: Start) -> Iterator[_Walked]:
     """Every chunk in turn, from the state that the one before it leaves."""
-    weights, trace, init = fold(call.weights), fold(call.trace), fold(call.init)
-    anchor = fold(call.anchor) or weights
+    weights, trace, anchor, init = given
     walk = zip(chunks.grid.opens, chunks.k, chunks.v, chunks.coefficients(), strict=True)
     for opens, k, v, steps in walk:
         anchor = weights if opens is None else _where(opens, weights, anchor)
@@ -101,9 +106,8 @@ def memory_fwd(
     with portable(call.k.device):
         chunks, k = _Chunks.of(call), call.k
         grid, outputs, surprises = chunks.grid, [], []
-        weights, trace = fold(call.weights), fold(call.trace)
-        anchor: Layers = fold(call.anchor) or weights
-        for i, (start, f, steps, after) in enumerate(_walk(call, chunks)):
+        weights, trace, anchor, _ = given = _start(call)
+        for i, (start, f, steps, after) in enumerate(_walk(call, chunks, given)):
             (weights, trace), anchor = after, start.anchor
             surprises.append(f.surprise)
             if chunks.q is not None:
@@ -114,9 +118,9 @@ def memory_fwd(
         position = grid.position if keeps else k.new_empty(0, dtype=torch.int64)
         # the anchor may be the given weights, and so may the weights if nothing was written
         copy = fresh if k.shape[1] == 0 else Tensor.contiguous
-        weights, trace = ([copy(grid.per_row(w)) for w in x] for x in (weights, trace))
+        final = [[copy(grid.per_row(w)) for w in layers] for layers in (weights, trace)]
         kept = [fresh(grid.per_row(w)) for w in anchor if keeps]
-        return output.contiguous(), surprise.contiguous(), weights, trace, kept, position
+        return output.contiguous(), surprise.contiguous(), final[0], final[1], kept, position
 
 
 def memory_bwd(
@@ -130,7 +134,7 @@ def memory_bwd(
     """Gradients of the tensors that are given, in order, from those of :func:`memory_fwd`."""
     with portable(call.k.device):
         dtype, chunks = call.weights[0].dtype, _Chunks.of(call)
-        grid, walked = chunks.grid, [*_walk(call, chunks)]
+        grid, walked = chunks.grid, [*_walk(call, chunks, _start(call))]
         d_surprises = grid.pack(d_surprise.to(dtype))
         d_outputs = None if call.q is None else grid.pack(d_output.to(dtype))
         d_weights, d_trace = fold(d_weights), fold(d_trace)
