@@ -45,7 +45,7 @@ PATHS = {
     "mal_kernels.memory": ["NeuralMemory"],
     "mal_kernels.state": ["MemoryState"],
     "mal_kernels.errors": ["ArgumentError", "BackendUnavailable", "CheckpointError", "MALError"],
-    "mal_kernels.reference": ["neural_memory", "memory_read", "momentum_scan"],
+    "mal_kernels.reference": ["recurrence", "memory_read", "momentum_scan"],
 }
 KEYS = [
     *("norm", "to_q.weight", "to_k.weight", "to_v.weight", "to_gate.weight", "to_out.weight"),
