@@ -12,9 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import figures, hosts, interleaved, providers, questions, report, turns
+from bench import figures, interleaved, providers, questions, report
 from bench.cases import HOSTS, Case, turn_ops
 from bench.questions import Bench
+from bench.questions import conversation as turns
+from bench.questions import overhead as hosts
 from mal_kernels import cli
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.hosts import TEXT, TURN, narrow_host
 from bench.interleaved import in_turns, quantiles, wall_clock_ms
+from bench.questions.overhead import TEXT, TURN, narrow_host
 from mal_kernels import MALAdapter
 from mal_kernels.testing import cache_name
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cases, hosts, turns
+from bench import cases
 from bench.cases import Case
 from bench.interleaved import in_turns, peak_rss, run_python
 from bench.providers import (
@@ -30,6 +30,8 @@ from bench.providers import (
     agreement,
     neighbours,
 )
+from bench.questions import conversation as turns
+from bench.questions import overhead as hosts
 from mal_kernels import MALAdapter, MALConfig, reference
 from mal_kernels.state import MemoryState
 from mal_kernels.testing import closed_form
