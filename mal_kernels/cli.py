@@ -125,7 +125,7 @@ def doctor(
     versions.add_row("mal-kernels", __version__)
     versions.add_row("python", platform.python_version())
     for name, remedy in PACKAGES.items():
-        versions.add_row(name, _version(name) or f"[dim]not installed: {remedy}[/dim]")
+        versions.add_row(name, version(name) or f"[dim]not installed: {remedy}[/dim]")
     console.print(versions)
 
     devices = Table("device", "what it is", title="Devices", title_justify="left")
@@ -155,7 +155,7 @@ def _show_kernels(console: Console, target: str) -> None:
     """Every kernel at its example sizes, compiled here without a GPU."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ArgumentError("TRITON_INTERPRET=1: the kernels are interpreted; unset it to compile")
-    if _version("triton") is None:
+    if version("triton") is None:
         raise BackendUnavailable(f"triton: not installed; it {PACKAGES['triton']}")
     from mal_kernels._triton import aot
 
@@ -191,7 +191,8 @@ def _show_cuda_kernels(console: Console, capability: tuple[int, int]) -> None:
     console.print(table)
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -220,7 +220,7 @@ def turn_of(case="one turn"):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("case", ["one turn", "unsorted states", "no audio"])
-def test_aligned_read_in_place(case, backend):
+def test_aligned_residual_read_in_place(case, backend):
     hidden, token_index, *rest = turn_of(case)
     before = hidden.clone()
     out = ops.aligned_residual_read(hidden, token_index, *rest, backend=backend)
@@ -232,7 +232,7 @@ def test_aligned_read_in_place(case, backend):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_launches_of_the_aligned_read(in_place):
+def test_launches_of_the_aligned_residual_read(in_place):
     from mal_kernels._triton.aligned_residual_read import aligned_fwd
 
     hidden, *index, state, params = turn_of("one turn")
@@ -246,7 +246,7 @@ def test_launches_of_the_aligned_read(in_place):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_aligned_read_in_place_refuses(backend):
+def test_aligned_residual_read_in_place_refuses(backend):
     hidden, *rest, params = turn_of()
     before = hidden.clone()
     trained = params._replace(norm=params.norm.clone().requires_grad_())
@@ -262,7 +262,7 @@ def test_aligned_read_in_place_refuses(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_aligned_read_in_place_is_registered(backend):
+def test_aligned_residual_read_in_place_is_registered(backend):
     hidden, token_index, state_index, state, params = turn_of()
     index = (token_index, state_index)
     args = (hidden.clone(), *index, list(state.weights), list(params), "gelu", False, backend)
