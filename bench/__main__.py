@@ -1,68 +1,69 @@
-"""``mal-kernels bench``, or ``python -m bench``: measure, draw, compare, publish."""
+"""``mal-kernels bench``, or ``python -m bench``: measure, draw, publish."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import figures, report
-from bench.interleaved import ROOT, describe_machine, device_rates
-from bench.questions import QUESTIONS, Bench
+from bench import Result, figures, machine, report, schema
+from bench.questions import QUESTIONS
 
-Result = dict[str, Any]
+NAMES = ("speed", *QUESTIONS)
 console = Console()
 
 
-def measure(names: list[str], threads: int, quick: bool) -> Result:
-    """Asks the questions one after the other, with progress."""
+def measure(names: list[str], threads: int, quick: bool, out: Path) -> Result:
+    """Asks the questions one after the other; speed is pytest-benchmark's."""
     torch.set_num_threads(threads)
-    start = time.monotonic()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("device", total=None)
-        machine, rates = describe_machine(threads), device_rates(0.1 if quick else 1.0)
-        result: Result = {"machine": machine, "quick": quick, "rates": rates, "questions": {}}
-        for number, name in enumerate(names, start=1):
-            place = f"{number}/{len(names)} {name}"
-
-            def say(text: str, place: str = place) -> None:
-                progress.update(task, description=f"{place}: {text}")
-
-            begun = time.monotonic()
-            result["questions"][name] = QUESTIONS[name](Bench(quick, threads, rates, say))
-            seconds = time.monotonic() - begun
-            progress.console.print(f"{place} {seconds:.0f} s", highlight=False)
-    machine["load_average_at_end"] = round(os.getloadavg()[0], 2)
-    result["seconds"] = round(time.monotonic() - start)
-    result["targets"] = report.targets(result)
+    result: Result = {"machine": machine.describe(threads), "questions": {}}
+    if "speed" in names:
+        result |= speed(threads, quick, out)
+    for name in (n for n in names if n in QUESTIONS):
+        with console.status(name) as status:
+            result["questions"][name] = QUESTIONS[name](quick, status.update)
     return result
 
 
-def show(result: Result) -> None:
-    """The tables of what was asked, and the targets."""
-    console.print(report.machine_line(result), style="dim")
-    if result["quick"]:
-        console.print("[bold]a quick run: its times mean nothing[/bold]")
-    for name in ("peers", "ops", "memory", "conversation", "overhead"):
-        if name in result["questions"]:
-            console.print(Markdown(report.BLOCKS[name](result)))
-    console.print(Markdown(report.targets_table(result)))
+def speed(threads: int, quick: bool, out: Path) -> Result:
+    """Runs :mod:`bench.test_speed`; every op is called but not timed if ``quick``."""
+    found = out / "speed.json"
+    command = [sys.executable, "-m", "pytest", "bench/test_speed.py", "-n", "0", "-q"]
+    command += ["--benchmark-disable"] if quick else [f"--benchmark-json={found.resolve()}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if subprocess.run(command, cwd=machine.ROOT, env=environment).returncode:
+        console.print("[bold red]some implementations differ from the reference[/bold red]")
+    return {} if quick or not found.exists() else {"speed": json.loads(found.read_text())}
+
+
+def load(folder: Path) -> Result:
+    """A result as :func:`save` wrote it."""
+    result: Result = json.loads((folder / "questions.json").read_text())
+    path = folder / "speed.json"
+    return result | ({"speed": json.loads(path.read_text())} if path.exists() else {})
+
+
+def save(result: Result, folder: Path) -> None:
+    """``speed.json`` is pytest-benchmark's, ``questions.json`` holds the rest."""
+    rest = {name: value for name, value in result.items() if name != "speed"}
+    (folder / "questions.json").write_text(json.dumps(rest, indent=1) + "\n")
+    if "speed" in result:
+        schema.write(folder / "speed.json", result["speed"])
 
 
 def main(
     questions: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[QUESTION]...", help=f"Of {', '.join(QUESTIONS)}; all if none."),
+        typer.Argument(metavar="[QUESTION]...", help=f"Of {', '.join(NAMES)}; all if none."),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes, few calls: does it run? No numbers.")
@@ -72,38 +73,45 @@ def main(
         "mal-bench"
     ),
     result: Annotated[
-        Path | None, typer.Option(help="Measure nothing: take this JSON of an earlier run.")
+        Path | None, typer.Option(help="Measure nothing: take this folder of an earlier run.")
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="Compare with this JSON.")] = None,
     publish: Annotated[
         bool, typer.Option("--publish", help="Into bench/results, docs and the tables in README.")
     ] = False,
 ) -> None:
     """What the memory costs, how it scales, and side by side with what there is, on this CPU."""
-    names = list(questions or QUESTIONS)
-    if unknown := set(names) - set(QUESTIONS):
-        raise typer.BadParameter(f"no question {sorted(unknown)}; there are {[*QUESTIONS]}")
-    if publish and (quick or set(names) != set(QUESTIONS)):
-        raise typer.BadParameter("--publish needs every question and no --quick")
-    if missing := [p for p in ("titans_pytorch", "fla", "matplotlib") if find_spec(p) is None]:
+    names = list(questions or NAMES)
+    if unknown := set(names) - set(NAMES):
+        raise typer.BadParameter(f"no question {sorted(unknown)}; there are {[*NAMES]}")
+    needed = ("titans_pytorch", "pytest_benchmark", "matplotlib")
+    if missing := [p for p in needed if find_spec(p) is None]:
         raise typer.BadParameter(f"{missing} not installed: pip install 'mal-kernels[bench]'")
-    found = json.loads(result.read_text()) if result else measure(names, threads, quick)
+    out.mkdir(parents=True, exist_ok=True)
+    found = load(result) if result else measure(names, threads, quick, out)
+    if publish and (quick or not {"speed"} <= {*found} or {*found["questions"]} != {*QUESTIONS}):
+        raise typer.BadParameter("--publish needs every question, answered without --quick")
     # as it comes out of JSON, so that it is the same whether measured or read
     found = json.loads(json.dumps(found))
-    if publish and (found["quick"] or set(found["questions"]) != set(QUESTIONS)):
-        raise typer.BadParameter(f"{result} is quick or not complete; it cannot be published")
     show(found)
-    if base:
-        console.print(Markdown(report.comparison(found, json.loads(base.read_text()))))
-    folder, pictures = (ROOT / "bench/results", ROOT / "docs") if publish else (out, out)
-    if not result or publish:
+    if quick:
+        console.print("a quick run: its numbers mean nothing, and nothing is written")
+        return
+    folder, pictures = out, out
+    if publish:
+        folder = machine.ROOT / f"bench/results/cpu-{found['machine']['threads']}-threads"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"cpu-{found['machine']['threads']}-threads.json"
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        console.print(f"written: {path}", soft_wrap=True)
-    pictures.mkdir(parents=True, exist_ok=True)
+        pictures = machine.ROOT / "docs"
+    save(found, folder)
     written = figures.draw(found, pictures) + (report.publish(found) if publish else [])
-    console.print("written:", *written, soft_wrap=True)
+    console.print("written:", folder, *written, soft_wrap=True)
+
+
+def show(result: Result) -> None:
+    """The tables of what was asked, and the targets."""
+    asked = {"machine", "targets", *result["questions"]}
+    asked |= {"peers", "ops"} if "speed" in result else set()
+    for name in (name for name in report.BLOCKS if name in asked):
+        console.print(Markdown(report.BLOCKS[name](result)))
 
 
 app = typer.Typer(add_completion=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,18 +66,20 @@ class Case:
         return [x.requires_grad_() for x in leaves]
 
 
-# side by side with what else there is
-CASES = (Case("base"), Case("short", tokens=128), Case("small-chunk", chunk_size=16))
+# side by side with everything else there is
+PEERS = (Case("base"), Case("short", tokens=128), Case("small-chunk", chunk_size=16))
 DECODE = Case("decode", tokens=1)
-
 # one size at a time; titans-pytorch and the naive loop keep something per token and parameter:
 # beyond LARGE tokens · heads · features · hidden_dim they would need minutes, or all memory
-BY_TOKENS = tuple(Case(f"T={t}", tokens=t) for t in (128, 256, 512, 1024, 2048, 4096))
-BY_HEADS = tuple(Case(f"B·H={n}", batch=n, heads=1, tokens=128) for n in (1, 4, 16, 32, 64))
-BY_FEATURES = tuple(
-    Case(f"D={d}", tokens=128, head_dim=d, hidden_dim=2 * d) for d in (16, 32, 64, 128)
-)
-BY_WIDTH = tuple(Case(f"E={e}", tokens=128, hidden_dim=e) for e in (64, 128, 256, 512))
+SWEEPS = {
+    "tokens": tuple(Case(f"T={t}", tokens=t) for t in (128, 256, 512, 1024, 2048, 4096)),
+    "heads": tuple(Case(f"B·H={n}", batch=n, heads=1, tokens=128) for n in (1, 4, 16, 32, 64)),
+    "features": tuple(
+        Case(f"D={d}", tokens=128, head_dim=d, hidden_dim=2 * d) for d in (16, 32, 64, 128)
+    ),
+    "width": tuple(Case(f"E={e}", tokens=128, hidden_dim=e) for e in (64, 128, 256, 512)),
+}
+CASES = {c.name: c for c in (*PEERS, DECODE, *(c for sweep in SWEEPS.values() for c in sweep))}
 LARGE = 1024 * 4 * 64 * 128
 
 
@@ -114,68 +117,84 @@ HOSTS = (
 )
 
 
+Calls: TypeAlias = dict[str, Callable[..., Any]]  # by op; each takes the keyword ``backend``
+
+
 @dataclass(frozen=True)
 class OpCase:
-    """An op at a real size: the call, and the least work and traffic it can do it with."""
+    """An op at a real size, and the least work and traffic it can do it with."""
 
     op: str
     where: str
     flops: int
     bytes: int
-    call: Callable[[], object]
+    calls: Callable[[], Calls]  # makes the inputs
 
-    def bound_ms(self, rates: dict[str, float]) -> float:
-        """The time that the device needs for the arithmetic or for the traffic, the longer one."""
-        return 1e3 * max(
-            self.flops / (1e9 * rates["float32_gflop_per_s"]),
-            self.bytes / (1e9 * rates["copy_gb_per_s"]),
-        )
+    @property
+    def name(self) -> str:
+        """As it stands in the JSON."""
+        return f"{self.op}, {self.where}"
 
 
-def turn_ops(host: Host, dialogues: int, heads: int = 4, D: int = 64, E: int = 128) -> list[OpCase]:
-    """Read and write of one turn of ``dialogues`` dialogues at once, as the adapter makes them.
+@dataclass(frozen=True)
+class Turn:
+    """One turn of several dialogues at once, one after another along T, as the adapter makes it.
 
-    With N tokens in all, H heads, R = dialogues states of ``4 H D E`` numbers (weights, momentum)::
+    With N tokens in all, H heads, R dialogues with states of ``4 H D E`` numbers (weights and
+    momentum)::
 
         aligned_residual_read  2 N (3 Dm H D + 2 H D E) flops; hidden in and out, four matrices, W
         memory_update          2 N H 5 D E flops (three products, two of rank N);
                                k, v, lr and surprise, state in and out, and W_init
     """
-    torch.manual_seed(0)
-    n, inner, T, R = dialogues * host.tokens, heads * D, host.tokens, dialogues
-    k, v = (normalize(torch.randn(1, n, heads, D), dim=-1) for _ in range(2))
-    weights = (torch.randn(R, heads, D, E) * D**-0.5, torch.randn(R, heads, E, D) * E**-0.5)
-    state = MemoryState.from_weights(weights)
-    lr = torch.full((1, n, heads), 0.3 / T)
-    gate = torch.full((1, R, heads), 0.01)
-    ends = torch.arange(0, n + 1, T)
-    hidden, index = torch.randn(1, n, host.hidden), torch.arange(n)
-    shapes = ((host.hidden,), (inner, host.hidden), (inner, host.hidden), (host.hidden, inner))
-    params = ops.ReadParams(*(0.02 * torch.randn(*s) for s in shapes))
-    memory = heads * 2 * D * E  # numbers of one dialogue's weights
-    where = f"{host.name} ×{dialogues}"
-    return [
-        OpCase(
-            "aligned_residual_read",
-            where,
-            2 * n * (3 * host.hidden * inner + 2 * heads * D * E),
-            4 * (2 * n * host.hidden + 3 * inner * host.hidden + R * memory),
-            lambda: ops.aligned_residual_read(hidden, index, index // T, state, params),
-        ),
-        OpCase(
-            "memory_update",
-            where,
-            2 * n * heads * 5 * D * E,
-            4 * (n * heads * (2 * D + 2) + 5 * R * memory),
-            lambda: ops.memory_update(
-                *(k, v, lr, gate, gate, state),
-                step="chunk",
-                max_grad_norm=1.0,
-                init=weights,
-                cu_seqlens=ends,
-            ),
-        ),
-    ]
+
+    host: Host
+    dialogues: int
+    heads: int = 4
+    D: int = 64
+    E: int = 128
+
+    def calls(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Calls:
+        """The ops on random inputs, tokens and hidden states in ``dtype``."""
+        torch.manual_seed(0)
+        T, R, H, D, E, Dm = (*self._sizes(), self.host.hidden)
+        n = R * T
+        q, k, v = (normalize(x, dim=-1).to(device, dtype) for x in torch.randn(3, 1, n, H, D))
+        weights = (torch.randn(R, H, D, E) * D**-0.5, torch.randn(R, H, E, D) * E**-0.5)
+        state = MemoryState.from_weights(weights).to(device)
+        lr, gate = torch.full((1, n, H), 0.3 / T), torch.full((1, R, H), 0.01)
+        lr, gate, index = lr.to(device), gate.to(device), torch.arange(n, device=device)
+        shapes = ((Dm,), (H * D, Dm), (H * D, Dm), (Dm, H * D))
+        # the residual is as large as the hidden states, so that an error in it shows
+        matrices = (torch.randn(*s) * s[-1] ** -0.5 for s in shapes)
+        params = ops.ReadParams(*(x.to(device) for x in matrices))
+        hidden = torch.randn(1, n, Dm).to(device, dtype)
+        aligned = (hidden, index, index // T, state, params)
+        ends = torch.arange(0, n + 1, T, device=device)
+        write = partial(ops.memory_update, k, v, lr, gate, gate, state, step="chunk")
+        return {
+            "aligned_residual_read": partial(ops.aligned_residual_read, *aligned),
+            "aligned_residual_read_": partial(ops.aligned_residual_read_, *aligned),
+            "memory_read": partial(ops.memory_read, q, state, cu_seqlens=ends),
+            "memory_update": partial(write, max_grad_norm=1.0, init=state.weights, cu_seqlens=ends),
+        }
+
+    def _sizes(self) -> tuple[int, int, int, int, int]:
+        return self.host.tokens, self.dialogues, self.heads, self.D, self.E
+
+    def ops(self) -> list[OpCase]:
+        """Read and write."""
+        T, R, H, D, E = self._sizes()
+        n, inner, Dm = R * T, H * D, self.host.hidden
+        memory = H * 2 * D * E  # numbers of one dialogue's weights
+        read = 2 * n * (3 * Dm * inner + 2 * H * D * E)
+        read_bytes = 4 * (2 * n * Dm + 3 * inner * Dm + R * memory)
+        write_bytes = 4 * (n * H * (2 * D + 2) + 5 * R * memory)
+        where = f"{self.host.name} ×{R}"
+        return [
+            OpCase("aligned_residual_read", where, read, read_bytes, self.calls),
+            OpCase("memory_update", where, 2 * n * H * 5 * D * E, write_bytes, self.calls),
+        ]
 
 
 def layer_ops(case: Case) -> list[OpCase]:
@@ -186,38 +205,41 @@ def layer_ops(case: Case) -> list[OpCase]:
         memory_read    2 N 2 D E flops; q, y and W
         momentum_scan  4 flops an element of the update [B, T, H, D]; reads it, writes S and W
     """
-    q, k, v, lr, momentum, decay, w1, w2, s1, s2 = (x.detach() for x in case.leaves("token"))
-    state = MemoryState((w1, w2), (s1, s2))
-    tokens = case.batch * case.heads * case.tokens
+
+    def calls() -> Calls:
+        q, k, v, lr, momentum, decay, w1, w2, s1, s2 = (x.detach() for x in case.leaves("token"))
+        state = MemoryState((w1, w2), (s1, s2))
+        layer = partial(ops.neural_memory, q, k, v, lr, momentum, decay, state)
+        return {
+            "neural_memory": partial(layer, chunk_size=case.chunk_size),
+            "memory_read": partial(ops.memory_read, q, state),
+            "momentum_scan": partial(ops.momentum_scan, k, momentum, decay),
+        }
+
+    rows, D, E = case.batch * case.heads, case.head_dim, case.hidden_dim
+    n = rows * case.tokens
     where = f"B={case.batch} H={case.heads} T={case.tokens}"
-
-    def layer() -> object:
-        return ops.neural_memory(
-            q, k, v, lr, momentum, decay, state, chunk_size=case.chunk_size
-        )  # fmt: skip
-
+    read_bytes = 4 * (2 * n * D + 2 * rows * D * E)
     return [
-        OpCase("neural_memory", where, case.flops("token"), case.io_bytes(), layer),
-        OpCase(
-            "memory_read",
-            where,
-            2 * tokens * 2 * case.head_dim * case.hidden_dim,
-            4 * (2 * q.numel() + w1.numel() + w2.numel()),
-            lambda: ops.memory_read(q, state),
-        ),
-        OpCase(
-            "momentum_scan",
-            where,
-            4 * k.numel(),
-            4 * (3 * k.numel() + 2 * tokens),
-            lambda: ops.momentum_scan(k, momentum, decay),
-        ),
+        OpCase("neural_memory", where, case.flops("token"), case.io_bytes(), calls),
+        OpCase("memory_read", where, 2 * n * 2 * D * E, read_bytes, calls),
+        OpCase("momentum_scan", where, 4 * n * D, 4 * (3 * n * D + 2 * n), calls),
     ]
 
 
-def op_cases(
-    hosts: Sequence[Host], dialogues: Sequence[int], layers: Sequence[Case]
-) -> list[OpCase]:
-    """Turns of real hosts, one and several dialogues at once, and training shapes."""
-    turns = [case for host in hosts for n in dialogues for case in turn_ops(host, n)]
-    return turns + [op for case in layers for op in layer_ops(case)]
+# turns of real hosts, of one and of eight dialogues at once, and a training shape
+OPS = {
+    case.name: case
+    for group in (
+        *(Turn(host, n).ops() for host in HOSTS for n in (1, 8)),
+        layer_ops(Case("training", batch=4, tokens=1024)),
+    )
+    for case in group
+}
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors in nested tuples."""
+    if isinstance(result, tuple):
+        return [x for part in result for x in tensors(part)]
+    return [result] if isinstance(result, Tensor) else []

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import Result, schema
+from bench.cases import SWEEPS, Case
 from bench.providers import AUTOGRAD, COMPILED, EAGER, LOOP, OURS, OURS_CHUNK, THEIRS, THEIRS_CHUNK
+from mal_kernels.demo.figure import CAP as PEER
+from mal_kernels.demo.figure import HOST as PLAIN
+from mal_kernels.demo.figure import INK
+from mal_kernels.demo.figure import MEMORY as MAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Result = dict[str, Any]
-INK, MAL, PEER, PLAIN = "#22313f", "#c0392b", "#2c7fb8", "#7f8c8d"
 SOLID, DASHED = "-", (0, (4, 2))
 STYLES: dict[str, dict[str, Any]] = {
     OURS.name: {"color": MAL, "linestyle": SOLID, "marker": "o", "linewidth": 2.4},
@@ -27,7 +31,7 @@ STYLES: dict[str, dict[str, Any]] = {
     LOOP.name: {"color": PLAIN, "linestyle": ":", "marker": "x"},
     AUTOGRAD.name: {"color": PLAIN, "linestyle": DASHED, "marker": "^"},
 }
-KINDS = {"forward_ms": "forward", "forward_backward_ms": "forward and backward"}
+KINDS = {"forward": "forward", "forward_backward": "forward and backward"}
 
 
 def _sizes(axes: Axes, every: list[int], label: str) -> None:
@@ -38,67 +42,66 @@ def _sizes(axes: Axes, every: list[int], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def _throughput(axes: Axes, points: list[Result], size: Callable[[Result], int], kind: str) -> None:
+def _throughput(
+    axes: Axes, found: Result, cases: Sequence[Case], size: str, label: str, kind: str
+) -> None:
     """Tokens per second (of every head) over a size, one line per provider."""
     for name, style in STYLES.items():
-        at = [p for p in points if name in p[kind]]
-        rate = [
-            1e3 * p["case"]["batch"] * p["case"]["tokens"] / p[kind][name]["median"] for p in at
-        ]
+        at = [c for c in cases if name in found[c.name][kind]]
+        rate = [1e3 * c.batch * c.tokens / found[c.name][kind][name]["median"] for c in at]
         if at:
-            axes.plot([size(p) for p in at], rate, label=name, **{"markersize": 5} | style)
+            sizes = [getattr(c, size) for c in at]
+            axes.plot(sizes, rate, label=name, **{"markersize": 5} | style)
     axes.set_yscale("log")
-    axes.set_title(KINDS[kind])
+    _sizes(axes, [getattr(c, size) for c in cases], label)
 
 
-def _two_kinds(
-    figure: Figure, points: list[Result], size: Callable[[Result], int], label: str
-) -> None:
+def _pair(figure: Figure) -> Any:
+    """Two panels of throughput."""
     axes = figure.subplots(1, 2, sharey=True)
-    for place, kind in zip(axes, KINDS, strict=True):
-        _throughput(place, points, size, kind)
-        _sizes(place, [size(p) for p in points], label)
     axes[0].set_ylabel("tokens per second")
-    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return axes
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _two_kinds(figure: Figure, found: Result, cases: Sequence[Case], size: str, label: str) -> None:
+    axes = _pair(figure)
+    for place, kind in zip(axes, KINDS, strict=True):
+        _throughput(place, found, cases, size, label, kind)
+        place.set_title(KINDS[kind])
+    _legend(axes[1])
 
 
 def tokens(figure: Figure, found: Result) -> None:
     """Throughput against T."""
     figure.suptitle("Long sequences: tokens per second (B=1, H=4, D=64, E=128; higher is better)")
-    _two_kinds(figure, found["points"], lambda p: p["case"]["tokens"], "tokens in the sequence, T")
+    _two_kinds(figure, found, SWEEPS["tokens"], "tokens", "tokens in the sequence, T")
 
 
 def heads(figure: Figure, found: Result) -> None:
     """Throughput against B·H."""
     figure.suptitle("Batches: tokens per second (T=128, D=64, E=128; higher is better)")
-    _two_kinds(figure, found["points"], lambda p: p["case"]["batch"], "rows × heads, B·H")
+    _two_kinds(figure, found, SWEEPS["heads"], "batch", "rows × heads, B·H")
 
 
 def sizes(figure: Figure, found: Result) -> None:
     """Throughput against D and E."""
     figure.suptitle("Wider memories, forward: tokens per second (T=128, H=4; higher is better)")
-    axes = figure.subplots(1, 2, sharey=True)
-    for place, (by, field, label) in zip(
-        axes,
-        (
-            ("features", "head_dim", "features of a head, D (E = 2 D)"),
-            ("width", "hidden_dim", "hidden width, E (D = 64)"),
-        ),
-        strict=True,
-    ):
-        points = found[by]
-        _throughput(place, points, lambda p, f=field: p["case"][f], "forward_ms")  # type: ignore[misc]
-        place.set_title("")
-        _sizes(place, [p["case"][field] for p in points], label)
-    axes[0].set_ylabel("tokens per second")
-    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes = _pair(figure)
+    features, width = "features of a head, D (E = 2 D)", "hidden width, E (D = 64)"
+    _throughput(axes[0], found, SWEEPS["features"], "head_dim", features, "forward")
+    _throughput(axes[1], found, SWEEPS["width"], "hidden_dim", width, "forward")
+    _legend(axes[1])
 
 
 def peers(figure: Figure, found: Result) -> None:
     """Bars of the base case, fastest on top."""
     figure.suptitle("One layer, T=512, H=4, D=64, E=128: milliseconds (lower is better)")
     for axes, kind in zip(figure.subplots(1, 2), KINDS, strict=True):
-        row = sorted(found["cases"]["base"][kind].items(), key=lambda x: -x[1]["median"])
+        row = sorted(found["base"][kind].items(), key=lambda x: -x[1]["median"])
         names, medians = [n for n, _ in row], [q["median"] for _, q in row]
         bars = axes.barh(names, medians, color=[STYLES[n]["color"] for n in names], height=0.6)
         for bar, name in zip(bars, names, strict=True):
@@ -119,7 +122,7 @@ def memory(figure: Figure, found: Result) -> None:
         _sizes(axes, list(peaks), "tokens in the sequence, T")
     axes.set_title("Training memory: peak of the process, forward and backward (H=4, D=64, E=128)")
     axes.set(ylabel="GB, imports included", yscale="log")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend(axes)
 
 
 def conversation(figure: Figure, found: Result) -> None:
@@ -133,19 +136,12 @@ def conversation(figure: Figure, found: Result) -> None:
     panels = figure.subplots(1, 3)
     for way, (color, marker, label) in ways.items():
         rows = found[way]
-        measured = [x for x in rows if "ms" in x]
-        computed = [measured[-1], *(x for x in rows if "ms" not in x)]
-        look: Result = {"color": color, "markersize": 5}
+        look: Result = {"color": color, "marker": marker, "markersize": 5, "label": label}
         turns = [max(x["turns"], 0.5) for x in rows]
-        ms = [x["ms"]["median"] for x in measured]
-        panels[0].plot(turns[: len(ms)], ms, marker=marker, label=label, **look)
-        if len(computed) > 1:
-            rest = [ms[-1], *(x["ms_by_formula"] for x in computed[1:])]
-            panels[0].plot([x["turns"] for x in computed], rest, linestyle=DASHED, **look)
         wide = 4.0 if way == "concatenation" else 1.5  # its bytes are those of the cache
-        held = [x["bytes"] / 1e6 for x in rows]
-        panels[1].plot(turns, held, marker=marker, linewidth=wide, **look)
-        panels[2].plot(turns, [x["tokens"] for x in rows], marker=marker, label=label, **look)
+        panels[0].plot(turns, [x["ms"]["median"] for x in rows], **look)
+        panels[1].plot(turns, [x["bytes"] / 1e6 for x in rows], linewidth=wide, **look)
+        panels[2].plot(turns, [x["tokens"] for x in rows], **look)
     for axes, title, unit in zip(
         panels, ("time", "remembered", "tokens heard"), ("ms", "MB", "tokens"), strict=True
     ):
@@ -153,8 +149,8 @@ def conversation(figure: Figure, found: Result) -> None:
         every = [x["turns"] for x in found["memory"] if x["turns"] in (0, 1, 10, 100, 1000)]
         axes.set_xticks([max(n, 0.5) for n in every], [f"{n:,}" for n in every])
         axes.minorticks_off()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                  frameon=False, title="dashed: by formula, not measured")  # fmt: skip
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
 
 
 def overhead(figure: Figure, found: Result) -> None:
@@ -226,14 +222,34 @@ FIGURES: dict[str, Callable[[Figure, Result], None]] = {
 }
 
 
+SHOWN = {
+    "peers": ("base",),
+    "tokens": tuple(c.name for c in SWEEPS["tokens"]),
+    "heads": tuple(c.name for c in SWEEPS["heads"]),
+    "sizes": tuple(c.name for c in (*SWEEPS["features"], *SWEEPS["width"])),
+}
+
+
+def numbers(result: Result, name: str) -> Result:
+    """What a picture shows.
+
+    Raises:
+        KeyError: it was not measured.
+    """
+    if name not in SHOWN:
+        return dict(result["questions"][name])
+    layers = schema.layers(result["speed"])
+    return {case: layers[case] for case in SHOWN[name]}
+
+
 def digest(found: Result) -> str:
-    """Of the numbers of a question; stands in its picture."""
+    """A hash of what a picture shows; stands in the picture."""
     text = json.dumps(found, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def draw(result: Result, folder: Path, suffix: str = "svg") -> list[Path]:
-    """Writes ``bench-QUESTION.svg`` for every answered question that has a picture."""
+def draw(result: Result, folder: Path) -> list[Path]:
+    """Writes ``bench-NAME.svg`` for every picture that was measured."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -251,15 +267,14 @@ def draw(result: Result, folder: Path, suffix: str = "svg") -> list[Path]:
     }
     written = []
     for name, plot in FIGURES.items():
-        if name in result["questions"]:
-            found = result["questions"][name]
-            with rc_context(style):
-                figure = Figure(figsize=(11, 4.4), layout="constrained")
-                plot(figure, found)
-                if result["quick"]:
-                    figure.text(0.5, 0.5, "QUICK", fontsize=90, alpha=0.12, ha="center")
-                path = folder / f"bench-{name}.{suffix}"
-                metadata = {"Date": None, "Identifier": digest(found)} if suffix == "svg" else None
-                figure.savefig(path, dpi=110, metadata=metadata)
-            written.append(path)
+        try:
+            found = numbers(result, name)
+        except KeyError:
+            continue
+        with rc_context(style):
+            figure = Figure(figsize=(11, 4.4), layout="constrained")
+            plot(figure, found)
+            path = folder / f"bench-{name}.svg"
+            figure.savefig(path, metadata={"Date": None, "Identifier": digest(found)})
+        written.append(path)
     return written

@@ -1,26 +1,19 @@
-"""How anything is measured here: clocks, turns, quantiles, peaks, and what the machine is."""
+"""Rivals are timed in turns, because a shared machine has slow minutes.
+
+pytest-benchmark times one function after the other: whoever runs in a slow minute loses. Here all
+functions have a turn in every round, so that a slow minute meets them all. pytest-benchmark still
+keeps the statistics (:mod:`bench.test_speed`).
+"""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-import torch
-
-from mal_kernels import __version__
-
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "transformers", "titans-pytorch", "flash-linear-attention")
-Functions = Mapping[str, Callable[[], object]]
-Quantiles = dict[str, float]
+Functions: TypeAlias = Mapping[str, Callable[[], object]]
+Quantiles: TypeAlias = dict[str, float]
 
 
 def wall_clock_ms(function: Callable[[], object]) -> float:
@@ -31,11 +24,10 @@ def wall_clock_ms(function: Callable[[], object]) -> float:
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
-    """20 %, 50 % and 80 %."""
-    if len(values) == 1:
-        return dict.fromkeys(("p20", "median", "p80"), values[0])
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return {"p20": cuts[1], "median": cuts[4], "p80": cuts[7]}
+    """The 20 %, 50 % and 80 % quantiles, and the number of ``calls``."""
+    several = values if len(values) > 1 else [*values] * 2
+    cuts = statistics.quantiles(several, n=10, method="inclusive")
+    return {"p20": cuts[1], "median": cuts[4], "p80": cuts[7], "calls": len(values)}
 
 
 def in_turns(
@@ -45,8 +37,8 @@ def in_turns(
     rounds: int = 5,
     most: int = 20,
     once: Callable[[Callable[[], object]], float] = wall_clock_ms,
-) -> dict[str, Quantiles]:
-    """Quantiles of every function, which take turns so that a busy moment meets them all alike.
+) -> dict[str, list[float]]:
+    """Milliseconds of every call of every function.
 
     Args:
         functions: what to call, by name.
@@ -55,9 +47,6 @@ def in_turns(
         rounds: in which each function has its turn, after one call to warm up.
         most: calls of a function in a round.
         once: milliseconds of one call.
-
-    Returns:
-        Per function ``p20``, ``median`` and ``p80`` in milliseconds, and the number of ``calls``.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -73,7 +62,13 @@ def in_turns(
                 spent += mine[-1]
                 if spent >= 1e3 * seconds / rounds:
                     break
-    return {name: quantiles(ms) | {"calls": len(ms)} for name, ms in samples.items()}
+    return samples
+
+
+def timed(functions: Functions, seconds: float = 1.0, rounds: int = 5) -> dict[str, Quantiles]:
+    """The quantiles of :func:`in_turns`."""
+    found = in_turns(functions, seconds=seconds, rounds=rounds)
+    return {name: quantiles(ms) for name, ms in found.items()}
 
 
 def in_pairs(
@@ -91,88 +86,3 @@ def in_pairs(
     a, b = zip(*pairs[2:], strict=True)
     added = [y - x for x, y in pairs[2:]]
     return {"base": quantiles(a), "other": quantiles(b), "added": quantiles(added)}
-
-
-# --- the device ---------------------------------------------------------------------------------
-
-
-def device_rates(seconds: float = 1.0) -> dict[str, float]:
-    """What this machine can do, measured: matrix products and a copy that no cache holds.
-
-    GFLOP/s of a ``[1024, 1024]`` product in float32 and bfloat16, and GB/s of a copy of 128 MB,
-    counting what is read and what is written.
-    """
-    n, words = 1024, 2**25
-    a, b = torch.randn(2, n, n)
-    low_a, low_b = a.bfloat16(), b.bfloat16()
-    source, target = torch.ones(words), torch.empty(words)
-    functions: Functions = {
-        "float32": lambda: a @ b,
-        "bfloat16": lambda: low_a @ low_b,
-        "copy": lambda: target.copy_(source),
-    }
-    ms = {name: q["median"] for name, q in in_turns(functions, seconds=seconds).items()}
-    flops = {name: 2 * n**3 / ms[name] / 1e6 for name in ("float32", "bfloat16")}
-    return {
-        "float32_gflop_per_s": flops["float32"],
-        "bfloat16_gflop_per_s": flops["bfloat16"],
-        "copy_gb_per_s": 8 * words / ms["copy"] / 1e6,
-    }
-
-
-def describe_machine(threads: int) -> dict[str, Any]:
-    """Where and with what a result was obtained."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = cpuinfo.read_text().split("model name\t: ")[1:] if cpuinfo.exists() else []
-    return {
-        "device": "cpu",
-        "cpu": models[0].splitlines()[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_average_at_start": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": {"mal-kernels": __version__} | {name: version(name) for name in PACKAGES},
-        **code_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def version(package: str) -> str | None:
-    """Of an installed package; None if it is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def git(*arguments: str) -> str | None:
-    """Output of a git command; None where there is no repository or no commit yet."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def code_version() -> dict[str, Any]:
-    """What is measured: the commit, and whether its code has been changed since."""
-    changes = git("status", "--porcelain", "--", "mal_kernels", "csrc", "bench")
-    return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(changes)}
-
-
-# --- fresh processes ----------------------------------------------------------------------------
-
-
-def run_python(code: str) -> str:
-    """What a fresh interpreter prints."""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{code!r} failed:\n{done.stderr}")
-    return done.stdout
-
-
-def peak_rss() -> int:
-    """Bytes of this process at its peak so far, on Linux.
-
-    Not getrusage: its ru_maxrss starts at the size of the process that started this one.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024

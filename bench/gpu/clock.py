@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.interleaved import Functions, Quantiles, in_turns
+from bench.interleaved import Functions, Quantiles, in_turns, quantiles
 
 
 class Stopwatch:
@@ -24,9 +24,11 @@ class Stopwatch:
 
     def in_turns(self, functions: Functions) -> dict[str, Quantiles]:
         """Quantiles in milliseconds: :func:`bench.interleaved.in_turns`."""
-        if not self.on_gpu:
-            return in_turns(functions, seconds=0, rounds=1)
-        return in_turns(functions, once=self._once)
+        if self.on_gpu:
+            found = in_turns(functions, once=self._once)
+        else:
+            found = in_turns(functions, seconds=0, rounds=1)
+        return {name: quantiles(ms) for name, ms in found.items()}
 
     def _once(self, function: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

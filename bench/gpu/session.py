@@ -33,10 +33,12 @@ import torch
 import typer
 from rich.console import Console
 
-from bench.gpu.report import measured, show, targets
+from bench import schema
+from bench.gpu.report import measured, show, speeds, targets
 from bench.gpu.steps import OPS
-from bench.interleaved import ROOT, code_version, version
+from bench.machine import ROOT, code_version
 from mal_kernels._cuda.build import BuildError, find_nvcc
+from mal_kernels.cli import version
 from mal_kernels.ops._backend import CUDA_OPS, architecture
 
 PYTHON = sys.executable
@@ -52,19 +54,12 @@ TIMED: dict[str, tuple[int, tuple[str, ...]]] = {
     "one_dialogue": (40, ("neural_memory",)),
     "train": (90, ("neural_memory",)),
     "train_writes": (90, ("memory_update",)),
-    "no_gates": (60, ("neural_memory",)),
     "peer": (60, ("neural_memory",)),
     "scan": (40, ("momentum_scan",)),
     "profile": (40, ("neural_memory",)),
     "closed_form": (150, ("neural_memory",)),
 }
 PARITY_LIMIT, TOOL_LIMIT, BUILD_LIMIT = 240, 75, 180
-# what stands for ops in the names of their tests; memory_update is neural_memory without queries
-NAMES = {
-    "neural_memory": {"memory_update"},
-    "test_cuda_neural_memory_bwd": {"memory_update", "neural_memory"},
-    "aligned_read": {"aligned_residual_read"},
-}
 TOOLS = ("memcheck", "racecheck", "synccheck")
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 PYTEST = [PYTHON, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider"]
@@ -229,7 +224,8 @@ def outcomes(log: str, backend: str) -> dict[str, Any]:
     parallel = re.findall(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR) (tests/\S+?::.+?)\s*$", log, re.M)
     for test, outcome in [*serial, *((test, outcome) for outcome, test in parallel)]:
         named = {op for op in OPS["triton"] if op in test}
-        named |= {op for part, ops in NAMES.items() if part in test for op in ops}
+        if "neural_memory" in named:  # without queries it is memory_update
+            named.add("memory_update")
         for op in (named or set(counts)) & set(counts):
             if outcome == "PASSED":
                 counts[op]["passed"] += 1
@@ -318,24 +314,6 @@ def _measure(
     return status, {backend for row in results.values() for backend in row.get("wrong", ())}
 
 
-def counters(session: Session) -> None:
-    """Hardware counters of the two hottest kernels of each backend in the profile."""
-    program = shutil.which("ncu")
-    profile = session.result.get("profile", {})
-    hottest = [name for kernels in profile.values() for name in [*kernels][:2]]
-    if program is None or session.dry_run or not hottest:
-        why = "ncu is not installed" if program is None else "there is no profile of a GPU"
-        session.note("ncu", f"skipped: {why}")
-        return
-    names = "|".join(re.escape(name) for name in hottest)
-    command = [program, "--clock-control", "none", "--kernel-name", f"regex:{names}"]
-    command += ["--launch-count", str(len(hottest))]
-    for section in ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis"):
-        command += ["--section", section]
-    command += [PYTHON, "-m", "bench.gpu.steps", "hot", str(session.logs / "hot.json")]
-    session.run("ncu", command, TOOL_LIMIT)
-
-
 # --- the whole ------------------------------------------------------------------------------------
 
 
@@ -364,7 +342,6 @@ def _plan(session: Session, commit: str | None) -> dict[str, Callable[[], object
         "parity_triton": lambda: parity(session, "triton"),
         **{name: functools.partial(timed, session, name) for name in TIMED},
         "sanitize_triton": lambda: sanitize(session, "triton"),
-        "ncu": lambda: counters(session),
     }
 
 
@@ -400,6 +377,7 @@ def main(
         plan[name]()
     session.result["targets"] = targets(session.result)
     session.save()
+    schema.write(session.out.with_suffix(".speed.json"), speeds(session.result))
     show(console, session.result)
     if not dry_run:
         # what `auto` would follow if it were committed as mal_kernels/ops/measured.json

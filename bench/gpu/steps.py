@@ -10,13 +10,12 @@ what a session is made of.
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,20 +24,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from bench import providers
-from bench.cases import Case
+from bench.cases import HOSTS, Calls, Case, Host, Turn, tensors
 from bench.gpu.clock import Stopwatch
 from bench.interleaved import Functions
 from mal_kernels import BackendUnavailable, MemoryState, ops
 from mal_kernels.ops._backend import CUDA_OPS, TRITON_OPS
-from mal_kernels.testing import Inputs, make_inputs
+from mal_kernels.testing import plain
+from mal_kernels.testing.exercise import run_small
+from mal_kernels.testing.plain import Op
 
 # relative RMS error against the reference, which computes in float32 whatever the inputs
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 OPS = {"triton": TRITON_OPS, "cuda": CUDA_OPS}
-TURN, AUDIO_HEADS, HOST_WIDTH = 112, 4, 4096  # tokens of a turn, heads, hidden size of a host
 
 
 @dataclass
@@ -134,7 +133,7 @@ class DeviceWorkload(providers.Workload):
     """
 
     def __init__(
-        self, op: providers.Op, case: Case, bench: Bench, dtype: torch.dtype,
+        self, op: Op, case: Case, bench: Bench, dtype: torch.dtype,
         unused: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.op, leaves = op, case.leaves("token")
@@ -148,7 +147,7 @@ class DeviceWorkload(providers.Workload):
             self.leaves[i] = self.leaves[1]
 
 
-def layer(case: Case, backend: str) -> providers.Op:
+def layer(case: Case, backend: str) -> Op:
     """The op of a backend."""
 
     def op(*arguments: Any) -> tuple[Tensor, MemoryState]:
@@ -158,13 +157,7 @@ def layer(case: Case, backend: str) -> providers.Op:
     return op
 
 
-def ungated(case: Case, backend: str) -> providers.Op:
-    """Likewise without momentum and decay."""
-    op = layer(case, backend)
-    return lambda *given: op(*given[:4], None, None, given[6])
-
-
-def writer(case: Case, backend: str) -> providers.Op:
+def writer(case: Case, backend: str) -> Op:
     """The write alone: the surprise of every token is the output."""
 
     def op(*arguments: Any) -> tuple[Tensor, MemoryState]:
@@ -176,14 +169,14 @@ def writer(case: Case, backend: str) -> providers.Op:
     return op
 
 
-Build = Callable[[Case, str], providers.Op]
+Build = Callable[[Case, str], Op]
 # of leaves: what these do not take
-UNUSED: dict[Build, Sequence[int]] = {layer: (), ungated: (4, 5), writer: (0,)}
+UNUSED: dict[Build, Sequence[int]] = {layer: (), writer: (0,)}
 
 
-def compiled_closed_form(bench: Bench, case: Case) -> providers.Op:
+def compiled_closed_form(bench: Bench, case: Case) -> Op:
     """Plain PyTorch, the chunk compiled (not in a dry run), products in bf16 by autocast."""
-    op = providers.closed_form(case, compiled=bench.is_real)
+    op = plain.closed_form(case.chunk_size, compiled=bench.is_real)
 
     def autocast(*arguments: Any) -> tuple[Tensor, MemoryState]:
         with torch.autocast(bench.device, torch.bfloat16):
@@ -277,11 +270,6 @@ def one_dialogue(bench: Bench) -> None:
     time_layer(bench, bench.case("one dialogue", batch=1, heads=8, tokens=2048))
 
 
-def no_gates(bench: Bench) -> None:
-    """Without momentum and decay, as the TTT-MLP of ThunderKittens computes."""
-    time_layer(bench, bench.case("no gates", batch=1, heads=48, tokens=8192), build=ungated)
-
-
 def closed_form(bench: Bench) -> None:
     """Against plain PyTorch, its chunk compiled."""
     case = bench.case("closed form", batch=64, tokens=1024)
@@ -323,38 +311,32 @@ def peer(bench: Bench) -> None:
 
 # --- a turn of a dialogue, a token of a stream ----------------------------------------------------
 
-
-def read_hidden(bench: Bench) -> None:
-    """From host hidden states to host hidden states, as the adapter reads; timed in place."""
-    _time_turns(bench, "read_hidden", "aligned_residual_read", _aligned, _aligned_in_place)
-
-
-def read(bench: Bench) -> None:
-    """The read alone."""
-    _time_turns(bench, "read", "memory_read", _read, _read)
-
-
-def write(bench: Bench) -> None:
-    """One chunk step, as the adapter writes."""
-    _time_turns(bench, "write", "memory_update", _update, _update)
+# ops of a step; where one is timed in place, what is timed instead
+TURNS = {
+    "read_hidden": ("aligned_residual_read",),
+    "read": ("memory_read",),
+    "write": ("memory_update",),
+    "turn": ("aligned_residual_read", "memory_update"),
+}
+IN_PLACE = {"aligned_residual_read": "aligned_residual_read_"}
 
 
-def turn(bench: Bench) -> None:
-    """What the adapter does in a turn: the read, then the write, in one graph."""
-    op = "aligned_residual_read, memory_update"
-    _time_turns(bench, "turn", op, _read_and_write, _read_and_write_in_place)
-
-
-def _time_turns(
-    bench: Bench, step: str, op: str, checked: Callable[..., list[Tensor]],
-    timed: Callable[..., list[Tensor]],
-) -> None:  # fmt: skip
+def turns(bench: Bench, step: str) -> None:
     """One turn of 112 audio tokens, of 1 and of 32 dialogues at once."""
+    host = HOSTS[-1] if bench.is_real else Host("tiny", 32, 1, 16, 0)
     for dialogues in (1, 32) if bench.is_real else (1, 2):
-        arguments = _turn(bench, dialogues)
-        functions = (functools.partial(f, **arguments) for f in (checked, timed))
-        tokens: Tensor = arguments["tokens"]
-        _time_latency(bench, f"{step} ×{dialogues}", op, tokens, *functions)
+        turn = Turn(host, dialogues, *(() if bench.is_real else (1, 16, 16)))
+        calls = turn.calls(bench.device, torch.bfloat16)
+
+        def run(backend: str, names: Sequence[str], calls: Calls = calls) -> list[Tensor]:
+            return [x for name in names for x in tensors(calls[name](backend=backend))]
+
+        checked = TURNS[step]
+        timed = [IN_PLACE.get(name, name) for name in checked]
+        _time_latency(
+            bench, f"{step} ×{dialogues}", ", ".join(checked), turn.D, turn.dialogues * host.tokens,
+            functools.partial(run, names=checked), functools.partial(run, names=timed),
+        )  # fmt: skip
 
 
 def decode(bench: Bench) -> None:
@@ -362,37 +344,31 @@ def decode(bench: Bench) -> None:
     for rows in (1, 32, 256) if bench.is_real else (1,):
         case = replace(bench.case("decode"), batch=rows, tokens=1)
         q, k, v, *gates, w1, w2, s1, s2 = (x.detach() for x in case.leaves("token"))
-        tokens = [x.to(bench.device, torch.bfloat16) for x in (q, k, v)]
+        qkv = [x.to(bench.device, torch.bfloat16) for x in (q, k, v)]
         gates = [x.to(bench.device) for x in gates]
         state = MemoryState((w1, w2), (s1, s2), (w1, w2), torch.ones(rows, dtype=torch.int64))
         state = state.to(bench.device)
 
         def op(
             backend: str,
-            tokens: list[Tensor] = tokens,
+            qkv: list[Tensor] = qkv,
             gates: list[Tensor] = gates,
             state: MemoryState = state,
         ) -> list[Tensor]:
-            inputs: Any = (*tokens, *gates, state)
+            inputs: Any = (*qkv, *gates, state)
             out = ops.neural_memory(*inputs, chunk_size=64, backend=backend)
             return [out.output, *out.state.tensors()]
 
-        _time_latency(bench, f"decode ×{rows}", "neural_memory", tokens[0], op, op)
+        _time_latency(bench, f"decode ×{rows}", "neural_memory", case.head_dim, rows, op, op)
 
 
 def _time_latency(
-    bench: Bench, name: str, op: str, tokens: Tensor, checked: Callable[[str], list[Tensor]],
-    timed: Callable[[str], list[Tensor]],
+    bench: Bench, name: str, op: str, features: int, tokens: int,
+    checked: Callable[[str], list[Tensor]], timed: Callable[[str], list[Tensor]],
 ) -> None:  # fmt: skip
     """``checked(backend)`` compared, then ``timed`` under CUDA-graph replay and as it is."""
     with torch.no_grad():
-        bench.record(
-            name,
-            op=op,
-            dtype=str(torch.bfloat16),
-            features=tokens.shape[3],
-            tokens=tokens.shape[0] * tokens.shape[1],
-        )
+        bench.record(name, op=op, dtype=str(torch.bfloat16), features=features, tokens=tokens)
         expected = checked("reference")
 
         def check(backend: str) -> float:
@@ -405,83 +381,6 @@ def _time_latency(
             functions[f"{backend}, graph"] = bench.watch.captured(functions[backend])
         functions["reference"] = functools.partial(timed, "reference")
         bench.record(name, forward_ms=bench.watch.in_turns(functions))
-
-
-def _turn(bench: Bench, dialogues: int) -> dict[str, Any]:
-    """A turn of every dialogue, one after another along T, and memories of D=64, E=128."""
-    sizes = (TURN, AUDIO_HEADS, 64, 128, HOST_WIDTH) if bench.is_real else (16, 1, 16, 16, 32)
-    length, heads, dim, width, host = sizes
-    n, inner = dialogues * length, heads * dim
-    q, k, v = (
-        normalize(bench.randn(1, n, heads, dim), dim=-1).to(torch.bfloat16) for _ in range(3)
-    )  # fmt: skip
-    index = torch.arange(n, device=bench.device)
-    shapes = ((host,), (inner, host), (inner, host), (host, inner))
-    return dict(
-        tokens=q,
-        k=k,
-        v=v,
-        lr=torch.full((1, n, heads), 0.3 / length, device=bench.device),
-        gate=torch.full((1, dialogues, heads), 0.01, device=bench.device),
-        state=MemoryState.from_weights(
-            (
-                bench.randn(dialogues, heads, dim, width) / dim**0.5,
-                bench.randn(dialogues, heads, width, dim) / width**0.5,
-            )
-        ),
-        cu_seqlens=torch.arange(0, n + 1, length, device=bench.device),
-        # what a host's prompt looks like: as much text as audio
-        hidden=bench.randn(1, 2 * n, host, dtype=torch.bfloat16),
-        token_index=2 * index,
-        state_index=index // length,
-        # the residual is as large as the hidden states, so that an error in it shows
-        params=ops.ReadParams(*(bench.randn(*s) for s in shapes)),
-    )
-
-
-def _aligned(
-    backend: str, *, hidden: Tensor, token_index: Tensor, state_index: Tensor,
-    state: MemoryState, params: ops.ReadParams, **_: Any,
-) -> list[Tensor]:  # fmt: skip
-    arguments = (hidden, token_index, state_index, state, params)
-    return [ops.aligned_residual_read(*arguments, backend=backend)]
-
-
-def _aligned_in_place(
-    backend: str, *, hidden: Tensor, token_index: Tensor, state_index: Tensor,
-    state: MemoryState, params: ops.ReadParams, **_: Any,
-) -> list[Tensor]:  # fmt: skip
-    arguments = (hidden, token_index, state_index, state, params)
-    return [ops.aligned_residual_read_(*arguments, backend=backend)]
-
-
-def _read(
-    backend: str, *, tokens: Tensor, state: MemoryState, cu_seqlens: Tensor, **_: Any
-) -> list[Tensor]:
-    return [ops.memory_read(tokens, state, cu_seqlens=cu_seqlens, backend=backend)]
-
-
-def _update(
-    backend: str, *, k: Tensor, v: Tensor, lr: Tensor, gate: Tensor, state: MemoryState,
-    cu_seqlens: Tensor, **_: Any,
-) -> list[Tensor]:  # fmt: skip
-    new, surprise = ops.memory_update(
-        *(k, v, lr, gate, gate, state),
-        step="chunk",
-        max_grad_norm=1.0,
-        init=state.weights,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-    )
-    return [surprise, *new.tensors()]
-
-
-def _read_and_write(backend: str, **given: Any) -> list[Tensor]:
-    return [*_aligned(backend, **given), *_update(backend, **given)]
-
-
-def _read_and_write_in_place(backend: str, **given: Any) -> list[Tensor]:
-    return [*_aligned_in_place(backend, **given), *_update(backend, **given)]
 
 
 # --- the bare scan --------------------------------------------------------------------------------
@@ -524,7 +423,11 @@ def profile(bench: Bench) -> None:
     """Time by kernel of forward and backward at the training shape, the hottest first."""
     kind = torch.profiler.ProfilerActivity
     field = "self_device_time_total" if bench.is_real else "self_cpu_time_total"
-    for backend, run in _whole_runs(bench, "profile", tokens=1024):
+    case = bench.case("profile", batch=64, tokens=1024)
+    for backend in bench.backends:
+        work = DeviceWorkload(layer(case, backend), case, bench, torch.bfloat16)
+        run = _able(bench, "profile", {"both": work.forward_backward}).get("both", work.forward)
+        run()
         with torch.profiler.profile(activities=[kind.CUDA if bench.is_real else kind.CPU]) as found:
             run()
             if bench.is_real:
@@ -541,84 +444,26 @@ def kernel_name(key: str) -> str:
     return found[1] if found else key
 
 
-def hot(bench: Bench) -> None:
-    """One forward and backward of few tokens, for ncu."""
-    for _, run in _whole_runs(bench, "hot", tokens=256):
-        run()
-
-
-def _whole_runs(bench: Bench, name: str, tokens: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Forward and backward of every backend, or its forward if it has no backward; run once."""
-    case = bench.case(name, batch=64, tokens=tokens)
-    for backend in bench.backends:
-        work = DeviceWorkload(layer(case, backend), case, bench, torch.bfloat16)
-        run: Callable[[], object] = work.forward_backward
-        try:
-            run()
-        except BackendUnavailable:
-            run = work.forward
-            run()
-        yield backend, run
-
-
 def exercise(bench: Bench) -> None:
-    """Ops forward and, where there is one, backward on small odd shapes, for compute-sanitizer."""
+    """Small odd shapes of every op, for compute-sanitizer."""
     for backend in bench.backends:
         for op in bench.ops or OPS[backend]:
-            for call in _small_calls(bench, op, backend):
-                try:
-                    results = [x for x in call() if x.is_floating_point()]
-                    torch.autograd.backward([x.sum() for x in results if x.requires_grad])
-                except BackendUnavailable:
-                    with torch.no_grad():
-                        call()
+            run_small(op, backend, bench.device)
             bench.record("exercise", **{f"{backend} {op}": "finished"})
 
 
-def _small_calls(bench: Bench, op: str, backend: str) -> Iterator[Callable[[], Sequence[Tensor]]]:
-    if op == "aligned_residual_read":
-        given = _turn(bench, 2)
-        given["hidden"].requires_grad_()
-        yield functools.partial(_aligned, backend, **given)
-    elif op == "momentum_scan":
-        for shape in ((2, 37, 2, 20), (1, 9, 1, 520), (1, 600, 1, 1)):
-            update, gate = bench.randn(*shape).requires_grad_(), bench.randn(*shape[:3]).sigmoid()
-            yield functools.partial(ops.momentum_scan, update, gate, gate, backend=backend)
-    else:
-        for case in (
-            dict(tokens=37, chunk_size=16, residual_norm=True, max_grad_norm=0.5, init=True),
-            dict(lengths=[3, 0, 18], chunk_size=None, step="chunk"),
-            dict(tokens=70, hidden=136, chunk_size=None),
-            dict(depth=1, tokens=1, chunk_size=16),
-        ):
-            sizes: Any = dict(head_dim=24, hidden=40, heads=1, dtype=torch.bfloat16)
-            inputs = make_inputs(**(sizes | case))
-            inputs = inputs.map(lambda x: x.to(bench.device).requires_grad_())
-            yield functools.partial(_call_memory, op, backend, inputs)
-
-
-def _call_memory(op: str, backend: str, inputs: Inputs) -> list[Tensor]:
-    options = inputs.options | {"backend": backend}
-    if "cu_seqlens" in options:
-        options["cu_seqlens"] = options["cu_seqlens"].to(inputs.q.device)
-    given: Any = inputs[:7]
-    if op == "memory_read":
-        names = {"activation", "residual_norm", "cu_seqlens", "backend"} & set(options)
-        return [ops.memory_read(inputs.q, inputs.state, **{n: options[n] for n in names})]
-    if op == "memory_update":
-        new, surprise = ops.memory_update(*given[1:], **options)
-        return [surprise, *new.tensors()]
-    output, new, surprise = ops.neural_memory(*given, **options)
-    return [output, surprise, *new.tensors()]
-
-
-STEPS = {
-    f.__name__: f
-    for f in (
-        *(ceilings, train, train_writes, one_dialogue, no_gates, closed_form, peer),
-        *(read_hidden, read, write, turn, decode, scan),
-        *(profile, hot, exercise),
-    )
+STEPS: dict[str, Callable[[Bench], None]] = {
+    **{step: functools.partial(turns, step=step) for step in TURNS},
+    "ceilings": ceilings,
+    "train": train,
+    "train_writes": train_writes,
+    "one_dialogue": one_dialogue,
+    "closed_form": closed_form,
+    "peer": peer,
+    "decode": decode,
+    "scan": scan,
+    "profile": profile,
+    "exercise": exercise,
 }
 
 
@@ -632,7 +477,9 @@ def main(
     device = "cuda"
     if os.environ.get("TRITON_INTERPRET") == "1":
         device = "cpu"
-        importlib.import_module("mal_kernels.testing.interpreter").install()
+        from mal_kernels.testing import interpreter
+
+        interpreter.install()
         emulate(out.with_name("libemulated.so"))
     bench = Bench(out, device, backends or (*OPS,), op or ())
     STEPS[step](bench)
@@ -646,8 +493,10 @@ def emulate(library: Path) -> None:
     if library.exists():
         import pytest
 
-        emulation = importlib.import_module("mal_kernels.testing.emulation")
-        emulated = emulation.in_process(emulation.cuda.opened(library))
+        from mal_kernels._cuda import library as cuda
+        from mal_kernels.testing import emulation
+
+        emulated = emulation.in_process(cuda.opened(library))
         emulation.serve(pytest.MonkeyPatch(), emulated)
 
 

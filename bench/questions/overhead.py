@@ -1,8 +1,4 @@
-"""Narrow random hosts of the real classes, their prompts, and what the memory adds to them.
-
-A narrow host has an eighth of the width of the published model and a quarter of its layers, with
-its attention layout; its audio tower likewise, on the same 30 s windows.
-"""
+"""What does the memory add to my model? Narrow random hosts, with and without it."""
 
 from __future__ import annotations
 
@@ -15,86 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import Result
 from bench.interleaved import in_pairs, quantiles
 from mal_kernels import MALAdapter
 from mal_kernels.testing import cache_name
-from mal_kernels.testing.hosts.recipes import AUDIO, BEGIN, END, RECIPES
+from mal_kernels.testing.hosts.narrow import FIELDS, TURN, narrow_host, narrow_inputs
 
-TURN = 112  # audio tokens of 4.5 s, all three hosts
-TEXT = 20  # tokens of text around them
-WINDOW = 3000  # mel frames that a Whisper tower is given, whatever the length of the clip
-NARROW = ("qwen2_audio", "audioflamingo3", "qwen2_5_omni_thinker")
-TITLES = dict(zip(NARROW, ("Qwen2-Audio", "Audio Flamingo 3", "Qwen2.5-Omni"), strict=True))
-TOWER = {
-    "num_mel_bins": 128,
-    "d_model": 160,
-    "encoder_layers": 8,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 640,
-    "max_source_positions": WINDOW // 2,
-}
-COMMON: dict[str, Any] = {
-    "vocab_size": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-QWEN2_AUDIO: dict[str, Any] = {  # 4096 wide, 32 layers, as many heads for keys as for queries
-    **COMMON,
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
-QWEN2_5: dict[str, Any] = {  # 3584 wide, 28 layers, 28 heads for queries and 4 for keys
-    **COMMON,
-    "hidden_size": 448,
-    "intermediate_size": 2368,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 7,
-    "num_key_value_heads": 1,
+TITLES = {
+    "qwen2_audio": "Qwen2-Audio",
+    "audioflamingo3": "Audio Flamingo 3",
+    "qwen2_5_omni_thinker": "Qwen2.5-Omni",
 }
 
 
-def narrow_host(name: str, **text: Any) -> Any:
-    """A random host of the real class, in eval mode; ``text`` overrides its decoder's sizes."""
-    import transformers
-
-    recipe = RECIPES[name]
-    config = dict(recipe.config)
-    decoder: dict[str, Any] = dict(QWEN2_AUDIO if name == "qwen2_audio" else QWEN2_5)
-    tower = dict(TOWER)
-    if name == "qwen2_5_omni_thinker":
-        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
-        decoder["rope_parameters"] = rope
-        tower |= {"n_window": 100, "output_dim": QWEN2_5["hidden_size"]}
-        config["vision_config"] |= {"out_hidden_size": decoder["hidden_size"]}
-    config |= {"text_config": decoder | text, "audio_config": tower}
-    host_class = getattr(transformers, recipe.model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return host_class(host_class.config_class(**config)).eval()
+def ask(quick: bool, say: Callable[[str], None]) -> Result:
+    """What the memory adds to each narrow host."""
+    found = {}
+    for name, title in TITLES.items():
+        say(title)
+        found[title] = added(name, *((2, 2) if quick else (12, 150)))
+    return found
 
 
-def narrow_inputs(name: str, seed: int, frames: int = 4 * TURN) -> dict[str, Tensor]:
-    """One prompt: a clip of :data:`TURN` tokens amid :data:`TEXT` tokens of text."""
-    generator = torch.Generator().manual_seed(seed)
-    width = frames if name == "qwen2_5_omni_thinker" else WINDOW
-    mask = (torch.arange(width) < frames).long().unsqueeze(0)
-    before = torch.randint(3, 50, (TEXT // 2 - 1,), generator=generator).tolist()
-    after = torch.randint(3, 50, (TEXT // 2 - 1,), generator=generator).tolist()
-    ids = torch.tensor([[*before, BEGIN, *[AUDIO] * TURN, END, *after]])
-    mask_name = "input_features_mask" if name == "audioflamingo3" else "feature_attention_mask"
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "input_features": torch.randn(1, 128, width, generator=generator),
-        mask_name: mask,
-    }
-
-
-def overhead(name: str, prefills: int, decodes: int) -> dict[str, Any]:
+def added(name: str, prefills: int, decodes: int) -> Result:
     """What an attached memory adds to a turn's first call, and to every token after it.
 
     Two hosts with the same weights, one of them with an adapter and an open dialogue, side by side.
@@ -122,7 +61,7 @@ def overhead(name: str, prefills: int, decodes: int) -> dict[str, Any]:
         after = in_pairs(alone, remembering, rounds=decodes)
     decoder_ms = first["base"]["median"] - encode["median"]
     return {
-        "sizes": sizes(host),
+        "sizes": {name: getattr(host.config.text_config, name) for name in FIELDS},
         "prefill": first,
         "tower": encode,
         "decode": after,
@@ -148,13 +87,6 @@ def _tower_ms(host: Any) -> Iterator[list[float]]:
     yield ms
     for handle in handles:
         handle.remove()
-
-
-def sizes(host: Any) -> dict[str, int]:
-    """Of the decoder."""
-    config = host.config.text_config
-    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return {name: getattr(config, name) for name in fields}
 
 
 def _decode(name: str, model: Any, prompt: dict[str, Tensor]) -> Callable[[], None]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from bench import schema
 from bench.gpu import report as gpu_report
 from bench.gpu import session as gpu
 from bench.gpu import steps as gpu_steps
 from mal_kernels.ops import _backend
+from mal_kernels.testing.exercise import small_calls
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def python(code: str) -> list[str]:
 
 
 def test_a_dry_run_measures_in_miniature_and_says_so(tmp_path):
-    steps = ("environment", "read", "ncu")
+    steps = ("environment", "read")
     command = [sys.executable, "-m", "bench.gpu.session", "--dry-run", "--out", str(tmp_path)]
     command += [word for step in steps for word in ("--step", step)]
     done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
@@ -44,6 +46,8 @@ def test_a_dry_run_measures_in_miniature_and_says_so(tmp_path):
     assert row["relative_error"]["triton"] < 1e-2
     assert all(target["met"] is None for target in result["targets"])
     assert not (tmp_path / "measured.json").exists()
+    speeds = schema.layers(json.loads((tmp_path / "gpu-dry-run.speed.json").read_text()))
+    assert {*speeds["read ×1"]["forward"]} == {*row["forward_ms"]}
     assert "read ×1" in done.stdout
 
 
@@ -154,11 +158,10 @@ def test_every_op_goes_through_every_sanitizer(session, monkeypatch):
     assert session.failed == {("cuda", "momentum_scan")}
 
 
-def test_every_op_has_small_calls_and_is_timed(tmp_path):
+def test_every_op_has_small_calls_and_is_timed():
     # so that a new one cannot be forgotten
-    bench = gpu_steps.Bench(tmp_path / "out", "cpu")
     for op in {op for ops in gpu.OPS.values() for op in ops}:
-        assert all(call() for call in gpu_steps._small_calls(bench, op, "reference"))
+        assert all(call() for call in small_calls(op, "reference"))
         assert any(op in timed for _, timed in gpu.TIMED.values()), op
     assert {*gpu.TIMED} <= {*gpu_steps.STEPS}
 
