@@ -5,6 +5,7 @@
 #   make check    the loop of a developer: lint, types, the core            under 3 minutes
 #   make test     what a change must pass: check, and all that is not slow   under 15 minutes
 #   make prove    what a release must pass: everything marked slow           nightly in CI
+#   make bench    what it costs, into mal-bench/ (bench/README.md)           10 minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 INTERPRETED := tests/kernels/test_interpreter.py $(wildcard tests/kernels/test_triton_*.py)
 CORE := tests/ops tests/memory tests/dialogues tests/project
 
-.PHONY: demo check test prove lint clean
+.PHONY: demo check test prove bench lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/mal-kernels demo
@@ -30,6 +31,9 @@ test: lint
 prove: $(VENV)/test.stamp
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) -m slow $(INTERPRETED)
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m bench
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check

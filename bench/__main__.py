@@ -37,7 +37,7 @@ def measure(names: list[str], threads: int, quick: bool, out: Path) -> Result:
 def speed(threads: int, quick: bool, out: Path) -> Result:
     """Runs :mod:`bench.test_speed`; every op is called but not timed if ``quick``."""
     found = out / "speed.json"
-    command = [sys.executable, "-m", "pytest", "bench/test_speed.py", "-n", "0", "-q"]
+    command = [sys.executable, "-m", "pytest", "bench/test_speed.py", "-q"]
     command += ["--benchmark-disable"] if quick else [f"--benchmark-json={found.resolve()}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     if subprocess.run(command, cwd=machine.ROOT, env=environment).returncode:
