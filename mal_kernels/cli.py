@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -99,10 +100,9 @@ def bench(context: typer.Context) -> None:
                 "bench: it is part of the repository, not of the installed package, because it "
                 "writes its results there; clone the repository and pip install -e '.[bench]'"
             )
-    sys.path.insert(0, str(root))
-    from bench.__main__ import app as bench_app
-
-    bench_app(context.args, prog_name="mal-kernels bench")
+    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "bench", *context.args]
+    raise typer.Exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode)
 
 
 @app.command()

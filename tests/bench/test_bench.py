@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from mal_kernels import MALAdapter, cli
 from mal_kernels.testing.hosts import narrow
 
 ROOT = Path(__file__).parents[2]
+HERE = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
 PUBLISHED = ROOT / "bench/results/cpu-2-threads"
 TINY = Case("tiny", heads=2, tokens=8, head_dim=4, hidden_dim=8, chunk_size=4)
 RATES = {"float32_gflop_per_s": 10.0, "bfloat16_gflop_per_s": 10.0, "copy_gb_per_s": 5.0}
@@ -302,9 +304,10 @@ def test_a_quick_run_leaves_no_numbers(tmp_path):
 
 
 def test_command_says_where_the_benchmark_is(monkeypatch, tmp_path):
-    done = CliRunner().invoke(cli.app, ["bench", "--help"])
-    assert done.exit_code == 0
-    assert "--publish" in done.output
+    command = [sys.executable, "-m", "mal_kernels", "bench", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=HERE)
+    assert done.returncode == 0, done.stderr
+    assert "--publish" in done.stdout
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "mal_kernels/cli.py"))
     done = CliRunner().invoke(cli.app, ["bench"])
     assert done.exit_code == 1
