@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
-from itertools import pairwise
-from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from mal_kernels import BackendUnavailable, MemoryState, ops, reference
 from mal_kernels._cuda import aligned_residual_read as launcher
 from mal_kernels.testing import assert_within_budget, low_precision
 from mal_kernels.testing.emulation import devices
+from tests.support.cuda import cuda, read, turn
 
 device = devices("aligned_residual_read.cu")
 
@@ -39,61 +37,6 @@ TURNS = {
         params=(torch.float64, None, torch.float32, torch.float16), width=136
     ),
 }
-
-
-def turn(
-    dtype=torch.bfloat16, tokens=20, width=72, heads=2, dim=16, hidden=24, rows=2, depth=2,
-    residual_norm=False, state="sorted", params=(torch.float32,) * 4, splits=None,
-    activation="gelu",
-):  # fmt: skip
-    """Arguments of the op by name; the residual is larger than hidden, so that errors show.
-
-    ``params`` are the dtypes of the parameters, None for that of ``hidden``; ``splits`` is for
-    :func:`read`.
-    """
-    inner, places = heads * dim, 2 * tokens + 3
-    unsorted = torch.randint(rows, (tokens,))
-    index = {"sorted": unsorted.sort().values, "unsorted": unsorted}
-    sizes = [dim, *[hidden] * (depth - 1), dim]
-    weights = [torch.randn(rows, heads, a, b) / a**0.5 for a, b in pairwise(sizes)]
-    if residual_norm:
-        weights.append(0.3 * torch.randn(rows, heads, dim))
-    shapes = [(inner, width), (inner, width), (width, inner)]
-    matrices = [torch.randn(shape) / width**0.5 for shape in shapes[:2]]
-    matrices.append(6 * torch.randn(shapes[2]) / inner**0.5)
-    given = [torch.rand(width) + 0.5, *matrices]
-    return dict(
-        hidden=torch.randn(1, places, width).to(dtype),
-        token_index=torch.randperm(places)[:tokens],
-        state_index=torch.arange(tokens) if state == "one each" else index[state],
-        weights=weights,
-        params=[p.to(d or dtype) for p, d in zip(given, params, strict=True)],
-        options=dict(activation=activation, residual_norm=residual_norm),
-        splits=splits,
-    )
-
-
-def read(function, given, device="cpu", *, dtype=None, **more):
-    """``function`` of a turn on ``device``, floats as ``dtype``; the result on the CPU."""
-
-    def moved(x):
-        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
-
-    weights = [moved(w) for w in given["weights"]]
-    return function(
-        *(moved(given[name]) for name in ("hidden", "token_index", "state_index")),
-        MemoryState(tuple(weights), tuple(weights)),
-        ops.ReadParams(*map(moved, given["params"])),
-        **given["options"],
-        **more,
-    ).cpu()
-
-
-def cuda(given, device, function=ops.aligned_residual_read):
-    splits = given["splits"]
-    chosen = mock.patch.object(launcher, "parts", return_value=splits) if splits else nullcontext()
-    with chosen:
-        return read(function, given, device, backend="cuda")
 
 
 def assert_right(actual, given):

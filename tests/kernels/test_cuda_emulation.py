@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_aligned_residual_read import cuda, turn
-from test_cuda_neural_memory_bwd import gradient_inputs, layer_on, write_on
-from test_cuda_ops import called, memory_inputs, scan, scan_tensors, values_and_gradients, written
 
 from mal_kernels import ops
 from mal_kernels._cuda.build import source_folder
@@ -22,6 +19,19 @@ from mal_kernels.testing.emulation import (
     needs_compiler,
     program,
     serve,
+)
+from tests.support.cuda import (
+    called,
+    cuda,
+    gradient_inputs,
+    layer_on,
+    memory_inputs,
+    scan,
+    scan_tensors,
+    turn,
+    values_and_gradients,
+    write_on,
+    written,
 )
 
 needs_compiler()
@@ -65,9 +75,9 @@ CASES = {
 
 def scan_first(names, source_of):
     """Only the scan's program is built in seconds; those of the memory are slow."""
-    for name in names:
-        is_scan = source_of(name) == "momentum_scan.cu"
-        yield name if is_scan else pytest.param(name, marks=pytest.mark.slow)
+    slow = [name for name in names if source_of(name) != "momentum_scan.cu"]
+    fast = [name for name in names if name not in slow]
+    return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])

@@ -2,64 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
-from test_cuda_ops import CASES, memory_inputs
 
-from mal_kernels import ops
-from mal_kernels.ops import NeuralMemoryOutput
 from mal_kernels.testing import assert_all_within_budget, closed_form, low_precision, results
 from mal_kernels.testing.emulation import devices
+from tests.support.cuda import CASES, gradient_inputs, layer_on, write_on
 
 device = devices("neural_memory_fwd.cu", "causal_read_bwd.cu", "write_bwd.cu")
 
 
-def on(device, x):
-    """``x``, or every tensor in it, on ``device``."""
-    if isinstance(x, torch.Tensor):
-        return x.to(device)
-    if isinstance(x, (list, tuple)):
-        parts = [on(device, y) for y in x]
-        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
-    return x
-
-
-def layer_on(device, cuts=(), reads=True):
-    """``neural_memory`` there, as a function for :func:`results`; one call between two cuts."""
-
-    def layer(q, *rest, **options):
-        *tokens, state = on(device, (q if reads else None, *rest))
-        options = {name: on(device, x) for name, x in options.items()}
-        outputs, surprises = [], []
-        for begin, end in pairwise([0, *cuts, q.shape[1]]):
-            given = (x[:, begin:end] if cuts and x is not None else x for x in tokens)
-            output, state, surprise = ops.neural_memory(*given, state, **options, backend="cuda")
-            outputs.append(output.cpu())
-            surprises.append(surprise.cpu())
-        if cuts:  # all of them together end with a chunk
-            state = state.end_chunk()
-        output = torch.cat(outputs, 1) if reads else q.new_empty(0)
-        return NeuralMemoryOutput(output, on("cpu", state), torch.cat(surprises, 1))
-
-    return layer
-
-
-def write_on(device, cuts=()):
-    """Likewise of a write, without queries."""
-    return layer_on(device, cuts, reads=False)
-
-
 def closed_write(_, *given, **options):
     return closed_form(None, *given, **options)
-
-
-def gradient_inputs(dtype=torch.bfloat16, **case):
-    """Gates are float32, for float16 would lose their smallest gradients, below 6e-5."""
-    inputs = memory_inputs(dtype, **case)
-    gates = [None if gate is None else gate.float() for gate in inputs[3:6]]
-    return inputs._replace(lr=gates[0], momentum=gates[1], decay=gates[2])
 
 
 def assert_within_budgets(function, inputs, dtype, definition=closed_write):

@@ -7,11 +7,20 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mal_kernels import BackendUnavailable, MemoryState, ops, reference
+from mal_kernels import BackendUnavailable, ops, reference
 from mal_kernels._cuda import neural_memory
 from mal_kernels.call import MemoryCall
-from mal_kernels.testing import assert_within_budget, closed_form, low_precision, make_inputs
+from mal_kernels.testing import assert_within_budget, closed_form, low_precision
 from mal_kernels.testing.emulation import devices
+from tests.support.cuda import (
+    CASES,
+    called,
+    memory_inputs,
+    scan,
+    scan_tensors,
+    values_and_gradients,
+    written,
+)
 
 
 def every_case_and_dtype(cases, dtypes, few):
@@ -20,20 +29,6 @@ def every_case_and_dtype(cases, dtypes, few):
 
 
 device = devices("momentum_scan.cu", "neural_memory_fwd.cu")
-
-
-def values_and_gradients(function, tensors):
-    """Outputs of ``function`` and gradients of a fixed random loss, on the CPU."""
-    tensors = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
-    out = function(**tensors)
-    g = torch.Generator().manual_seed(1)
-    noise = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in out]
-    loss = sum((x * n.to(x)).sum() for x, n in zip(out, noise, strict=True))
-    wanted = [*tensors.values()]  # a loop over no tokens uses none of them
-    grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    named = {f"output {i}": x for i, x in enumerate(out)}
-    named |= {f"grad {n}": d for n, d in zip(tensors, grads, strict=True)}
-    return {n: x.detach().cpu() for n, x in named.items()}
 
 
 # --- momentum_scan --------------------------------------------------------------------------------
@@ -51,40 +46,6 @@ SCANS = {
     "ragged": dict(lengths=[5, 0, 70, 1], features=(64,)),
     "no tokens": dict(tokens=0),
 }
-
-
-def scan_tensors(
-    tokens=37, features=(8,), heads=2, lengths=None, state=True, gates=("momentum", "decay"),
-    edges=False,
-):  # fmt: skip
-    rows = batch = 2
-    options = {}
-    if lengths:
-        rows, batch, tokens = len(lengths), 1, sum(lengths)
-        options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).int()
-    tensors = {"update": torch.randn(batch, tokens, heads, *features)}
-    for name in gates:
-        tensors[name] = torch.randn(batch, tokens, heads).sigmoid()
-        if edges:
-            tensors[name] = tensors[name].where(tensors[name] > 0.3, 0).where(
-                tensors[name] < 0.7, 1
-            )  # fmt: skip
-    if state:
-        tensors |= {n: torch.randn(rows, heads, *features) for n in ("weights", "trace")}
-    return tensors, options
-
-
-def scan(function, device="cpu", **options):
-    """``function`` with its arguments by name, tokens on the CPU."""
-    cu_seqlens = options.pop("cu_seqlens", None)
-
-    def call(update, momentum=None, decay=None, weights=None, trace=None):
-        state = None if weights is None else MemoryState((weights.to(device),), (trace.to(device),))
-        tokens = [None if x is None else x.to(device) for x in (update, momentum, decay)]
-        bounds = None if cu_seqlens is None else cu_seqlens.to(device)
-        return function(*tokens, state, cu_seqlens=bounds, **options)
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -121,77 +82,6 @@ def test_momentum_scan_of_unaligned_memory(device):
 
 
 # --- neural_memory and memory_update --------------------------------------------------------------
-
-CASES = {
-    "chunk steps": dict(chunk_size=16, step="chunk"),
-    "token steps": dict(chunk_size=16),
-    "a turn: two tiles, clip, init": dict(
-        tokens=112, heads=1, hidden=128, chunk_size=None, step="chunk", max_grad_norm=1.0,
-        init=True, max_lr=0.01,
-    ),
-    "chunks longer than a tile, init": dict(
-        tokens=130, heads=1, hidden=100, chunk_size=100, init=True
-    ),
-    "norm, clip, odd sizes": dict(
-        head_dim=48, hidden=71, chunk_size=32, residual_norm=True, max_grad_norm=0.5
-    ),
-    "ragged chunk steps, norm": dict(
-        lengths=[5, 0, 70], chunk_size=32, step="chunk", residual_norm=True, activation="silu"
-    ),
-    "ragged, inside a chunk": dict(
-        lengths=[5, 0, 70], head_dim=16, hidden=24, chunk_size=32, position=True, activation="relu"
-    ),
-    "inside a chunk, norm, init": dict(
-        chunk_size=100, position=True, residual_norm=True, batch=2, init=True
-    ),
-    "linear": dict(depth=1, chunk_size=32),
-    "linear, norm, clip": dict(
-        depth=1, head_dim=40, chunk_size=32, residual_norm=True, max_grad_norm=0.5
-    ),
-    "128 features, four blocks": dict(
-        tokens=70, heads=1, head_dim=128, hidden=100, chunk_size=100, activation="gelu_tanh"
-    ),
-    "16 blocks": dict(tokens=6, heads=1, head_dim=128, hidden=500, residual_norm=True),
-    "linear, 128 features": dict(
-        tokens=70, heads=1, head_dim=128, depth=1, chunk_size=64, step="chunk"
-    ),
-    "gates of 0 and 1": dict(chunk_size=16, edges=True),
-    "no gates": dict(chunk_size=16, gates=False),
-    "no tokens": dict(tokens=0, chunk_size=16),
-}  # fmt: skip
-
-
-def memory_inputs(dtype=torch.bfloat16, **case):
-    sizes = dict(tokens=40, batch=1, heads=2, head_dim=64, hidden=64)
-    return make_inputs(**(sizes | case), dtype=dtype)
-
-
-def written(function, inputs, device="cpu", **more):
-    """What a write returns, by name, on the CPU; an anchor where it will be read."""
-    return called(lambda q, *rest, **options: function(*rest, **options), inputs, device, **more)
-
-
-def called(function, inputs, device="cpu", **more):
-    """Likewise of the layer, with what it reads."""
-    *given, state, options = inputs
-    moved = [None if x is None else x.to(device) for x in given]
-    state = state.map(lambda x: x.to(device))
-    options = {
-        name: x.to(device) if isinstance(x, torch.Tensor)
-        else [w.to(device) for w in x] if name == "init" and x else x
-        for name, x in options.items()
-    }  # fmt: skip
-    with torch.no_grad():
-        out = function(*moved, state, **options, **more)
-    named = {"surprise": out.surprise}
-    if isinstance(out, ops.NeuralMemoryOutput):
-        named["output"] = out.output
-    for field in ("weights", "momentum", "anchor"):
-        for i, w in enumerate(getattr(out.state, field) or ()):
-            named[f"{field}[{i}]"] = w if field != "anchor" else w[out.state.position > 0]
-    if out.state.position is not None:
-        named["position"] = out.state.position.double()
-    return {name: x.cpu() for name, x in named.items()}
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_what_lies_beside_the_package_imports_what_it_may(folder):
             root, *rest = module.split(".")
             where = f"{path.relative_to(ROOT)}:{line}"
             assert root not in ROOTS - BESIDE[folder], f"{where}: {folder} imports {module}"
+            assert not root.startswith("test_"), f"{where}: what tests share is in tests/support"
             if root == "tests":
                 # what two files share is in support; a run at length is the subject of its test
                 assert rest[0] in {"support", "reliability", "ser"}, f"{where}: {module}"
