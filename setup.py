@@ -3,9 +3,11 @@
 A plain install compiles nothing and gives a wheel for any platform.
 """
 
-import importlib.util
+import importlib
 import os
 import shutil
+import sys
+import types
 from pathlib import Path
 
 from setuptools import setup
@@ -17,14 +19,14 @@ ROOT = Path(__file__).parent
 
 
 class BuildPackage(build_py):
-    """Also copies the CUDA sources, and builds them if asked to."""
+    """Also copies the sources of kernels, and builds them if asked to."""
 
     def run(self) -> None:
         """As setuptools asks for."""
         super().run()
         if self.editable_mode:
             return  # a clone has csrc/ beside the package
-        package = Path(self.build_lib, "mal_kernels/_cuda")
+        package = Path(self.build_lib, "mal_kernels")
         shutil.copytree(
             ROOT / "csrc",
             package / "csrc",
@@ -33,7 +35,7 @@ class BuildPackage(build_py):
         )
         if BUILDS:
             build = cuda_build()
-            build.build(build.TARGETS, package / build.LIBRARY)
+            build.build(build.TARGETS, package / "_cuda" / build.LIBRARY)
 
 
 class Wheel(bdist_wheel):
@@ -51,12 +53,11 @@ class Wheel(bdist_wheel):
 
 
 def cuda_build():  # noqa: ANN201  (a module)
-    """``mal_kernels._cuda.build`` without importing the package, which needs torch."""
-    path = ROOT / "mal_kernels/_cuda/build.py"
-    spec = importlib.util.spec_from_file_location("mal_kernels_cuda_build", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """``mal_kernels._cuda.build``, without the package's own imports, which need torch."""
+    package = types.ModuleType("mal_kernels")
+    package.__path__ = [str(ROOT / "mal_kernels")]
+    sys.modules["mal_kernels"] = package
+    return importlib.import_module("mal_kernels._cuda.build")
 
 
 setup(

@@ -177,13 +177,14 @@ def _show_kernels(console: Console, target: str) -> None:
 def _show_cuda_kernels(console: Console, capability: tuple[int, int]) -> None:
     """Likewise those of ``csrc/``, where they can be compiled."""
     from mal_kernels._cuda import build
+    from mal_kernels._native.build import BuildError
 
     target = build.target_of(capability)
     table = Table("CUDA kernel", "registers", "stack B", "spilled B", title=f"sm_{target}")
     try:
         with tempfile.TemporaryDirectory() as folder:
             log = build.build([target], Path(folder, build.LIBRARY), ["-Xptxas=-v"])
-    except build.BuildError as error:
+    except BuildError as error:
         console.print(f"the CUDA kernels are not shown: {error}", highlight=False)
         return
     for cost in sorted(build.costs(log)):

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mal_kernels._cuda import build
+from mal_kernels._native.build import BuildError
 from mal_kernels._triton import aot
 
 TARGET = "sm_90"
@@ -61,7 +62,7 @@ def of_nvcc() -> Iterator[str]:
     """A line for the code and for the constants of every function; names may change in a move."""
     try:
         nvcc = build.find_nvcc()
-    except build.BuildError as error:
+    except BuildError as error:
         print(f"csrc is left out: {error}", file=sys.stderr)
         return
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:

@@ -37,7 +37,8 @@ from bench import schema
 from bench.gpu.report import measured, show, speeds, targets
 from bench.gpu.steps import OPS
 from bench.machine import ROOT, code_version
-from mal_kernels._cuda.build import BuildError, find_nvcc
+from mal_kernels._cuda.build import find_nvcc
+from mal_kernels._native.build import BuildError
 from mal_kernels.cli import version
 from mal_kernels.ops._backend import CUDA_OPS, architecture
 

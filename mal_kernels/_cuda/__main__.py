@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .build import TARGETS, BuildError, build, cached, target_of
+from .._native.build import BuildError
+from .build import TARGETS, build, cached, target_of
 
 
 def main() -> int:

@@ -10,9 +10,9 @@ import functools
 import torch
 from torch import Tensor
 
+from .._native.packing import ACTIVATIONS, DTYPES, state_fields
 from ..call import AlignedCall
 from . import library
-from .fields import ACTIVATIONS, state_fields
 
 # as in csrc/aligned_residual_read.h
 ROWS, COLUMNS, DEPTH = 64, 64, 64
@@ -36,8 +36,8 @@ def aligned_fwd(call: AlignedCall, *, in_place: bool = False) -> Tensor:
     library.launch(
         "mal_aligned_residual_read",
         hidden.device,
-        dtype=library.DTYPES[hidden.dtype],
-        param_dtype=library.DTYPES[norm.dtype],
+        dtype=DTYPES[hidden.dtype],
+        param_dtype=DTYPES[norm.dtype],
         tokens=tokens,
         width=width,
         H=heads,

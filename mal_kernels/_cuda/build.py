@@ -1,32 +1,34 @@
 """Compiles ``csrc/`` into ``libmal_kernels.so``: nvcc, several files at a time through ninja.
 
-Standard library only and no relative import: ``setup.py`` uses this file where torch is absent.
+Standard library only: ``setup.py`` uses this file where torch is absent.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from .._native.build import (
+    BuildError,
+    cache_folder,
+    content_hash,
+    found_or_built,
+    source_folder,
+)
 
 TARGETS = ("80", "90a", "100")  # compute capabilities; each also serves later minor ones
 LIBRARY = "libmal_kernels.so"
 FLAGS = ("-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
 # nothing may spill or use local memory; for developers, another nvcc may spill a little
 GATE = ("-Xptxas=-warn-spills,-warn-lmem-usage,-Werror",)
-
-
-class BuildError(Exception):
-    """The library cannot be built; the message says why and what to do."""
 
 
 def target_of(capability: tuple[int, int]) -> str:
@@ -45,15 +47,6 @@ def target_of(capability: tuple[int, int]) -> str:
         f"the GPU has compute capability {major}.{minor}; "
         f"the CUDA kernels are written for {', '.join(TARGETS)}"
     )
-
-
-def source_folder() -> Path:
-    """``csrc/``, in an installed package or in a clone."""
-    here = Path(__file__).resolve()
-    for folder in (here.parent / "csrc", here.parents[2] / "csrc"):
-        if folder.is_dir():
-            return folder
-    raise BuildError(f"the CUDA sources are missing: no csrc in {here.parent} or {here.parents[2]}")
 
 
 def sources() -> list[Path]:
@@ -90,16 +83,13 @@ def cached(targets: Sequence[str]) -> Path:
     It is kept by the content of the sources, the flags and the version of nvcc. Of several
     processes that want it at once, one builds and the others wait.
     """
-    found = find_cached(targets)
-    if found:
-        return found
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f"{source_hash()}.lock"):
-        if not (found := find_cached(targets)):
-            found = _place(targets)
-            build(targets, found)
-    return found
+
+    def built() -> Path:
+        library = cache_folder() / "-".join([source_hash(), *targets]) / LIBRARY
+        build(targets, library)
+        return library
+
+    return found_or_built(lambda: find_cached(targets), built, f"{source_hash()}.lock")
 
 
 def find_cached(targets: Sequence[str]) -> Path | None:
@@ -110,33 +100,10 @@ def find_cached(targets: Sequence[str]) -> Path | None:
     return None
 
 
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/mal_kernels``, by default below ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mal_kernels"
-
-
-def _place(targets: Sequence[str]) -> Path:
-    return cache_folder() / "-".join([source_hash(), *targets]) / LIBRARY
-
-
 @functools.cache
 def source_hash() -> str:
     """Of everything that decides what the library does."""
-    folder = source_folder()
-    digest = hashlib.sha256(repr(_flags()).encode())
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock file; the system lets go of it when a process dies."""
-    import fcntl  # not on Windows, where the library is refused before
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return content_hash((p for p in source_folder().iterdir() if p.is_file()), _flags())
 
 
 def build(targets: Sequence[str], library: Path, flags: Sequence[str] = ()) -> str:

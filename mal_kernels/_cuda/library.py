@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .._native.build import BuildError
+from .._native.packing import call, shapes
 from ..errors import BackendUnavailable
-from .build import LIBRARY, BuildError, cached, target_of
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # mal_dtype of mal_kernels.h
+from .build import LIBRARY, cached, target_of
 
 
 def launch(function: str, device: torch.device, **fields: Tensor | int | float | None) -> None:
@@ -38,27 +37,7 @@ def launch(function: str, device: torch.device, **fields: Tensor | int | float |
         error = call(library, function, **fields, stream=stream)
     if error:
         reason = ctypes.string_at(library.mal_error(error)).decode()
-        raise BackendUnavailable(f"{function} on {device}: {reason} ({_shapes(fields)})")
-
-
-def call(library: ctypes.CDLL, function: str, **fields: Tensor | int | float | None) -> int:
-    """The function's error, 0 if there is none."""
-    words = [_word(x) for x in fields.values()]
-    return getattr(library, function)(b"".join(words))
-
-
-def _word(x: Tensor | int | float | None) -> bytes:
-    """A field of a struct: 8 bytes."""
-    if isinstance(x, Tensor):
-        return struct.pack("=Q", x.data_ptr())
-    return struct.pack("=d", x) if isinstance(x, float) else struct.pack("=q", x or 0)
-
-
-def _shapes(fields: dict[str, Tensor | int | float | None]) -> str:
-    return ", ".join(
-        f"{name} {list(x.shape)}" if isinstance(x, Tensor) else f"{name} {x}"
-        for name, x in fields.items()
-    )
+        raise BackendUnavailable(f"{function} on {device}: {reason} ({shapes(fields)})")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._native.packing import DTYPES
 from ..call import ScanCall
 from . import library
 
@@ -68,7 +69,7 @@ def _sizes(call: ScanCall) -> dict[str, int]:
     batch, tokens, heads, *features = call.update.shape
     rows = batch if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     size = torch.Size(features).numel()
-    return dict(dtype=library.DTYPES[call.update.dtype], rows=rows, T=tokens, H=heads, F=size)
+    return dict(dtype=DTYPES[call.update.dtype], rows=rows, T=tokens, H=heads, F=size)
 
 
 def _gates(call: ScanCall) -> dict[str, Tensor | None]:

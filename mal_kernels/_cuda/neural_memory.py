@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._native.packing import call_fields, state_fields
 from ..call import MemoryCall
 from . import library
-from .fields import call_fields, state_fields
 from .neural_memory_backward import Tiles, read_bwd, read_gradients, tiles_of, write_bwd
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._native.packing import Fields, call_fields, state_fields
 from ..call import MemoryCall
 from . import library
-from .fields import Fields, call_fields, state_fields
 
 TILE = 64  # tokens, kTokens of csrc/neural_memory.h
 

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from mal_kernels._cuda import aligned_residual_read
 from mal_kernels._cuda import library as cuda
-from mal_kernels._cuda.build import BuildError, source_folder, sources
+from mal_kernels._cuda.build import sources
+from mal_kernels._native import packing
+from mal_kernels._native.build import BuildError, source_folder
 from mal_kernels.ops import _backend
 
 COMPILER = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DMAL_EMULATE"]
@@ -153,7 +155,7 @@ def in_process(emulated: ctypes.CDLL) -> Launch:
     """Calls of the emulated library."""
 
     def launch(function: str, device: torch.device, **fields: Tensor | int | float | None) -> None:
-        error = cuda.call(emulated, function, **fields, stream=0)
+        error = packing.call(emulated, function, **fields, stream=0)
         assert error == 0, f"{function}: error {error}"
 
     return launch
@@ -170,7 +172,7 @@ def in_program(path: Path) -> Launch:
                 record.append(struct.pack("=qq", 1, x.numel() * x.element_size()))
                 record.append(as_bytes(x).numpy().tobytes())
             else:
-                record.append(struct.pack("=q", 0) + cuda._word(x))
+                record.append(struct.pack("=q", 0) + packing.word(x))
         with tempfile.NamedTemporaryFile() as file:
             file.write(b"".join(record))
             file.flush()

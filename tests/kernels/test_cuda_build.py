@@ -14,6 +14,7 @@ import torch
 
 from mal_kernels import BackendUnavailable
 from mal_kernels._cuda import build, library
+from mal_kernels._native import packing
 from mal_kernels.call import AlignedCall, MemoryCall, ScanCall
 from mal_kernels.testing.emulation import is_found
 
@@ -276,7 +277,7 @@ def test_the_library_loads_where_there_is_no_driver(compiled):
         with pytest.raises(BackendUnavailable, match=r"no NVIDIA driver is loaded"):
             library.check_driver(opened)
         fields = dict.fromkeys(structs()["mal_momentum_scan_fwd"], 1)
-        error = library.call(opened, "mal_momentum_scan_fwd", **fields)
+        error = packing.call(opened, "mal_momentum_scan_fwd", **fields)
         assert b"driver" in library.ctypes.string_at(opened.mal_error(error))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mal_kernels import ops
-from mal_kernels._cuda.build import source_folder
+from mal_kernels._native.build import source_folder
 from mal_kernels.testing import results
 from mal_kernels.testing.emulation import (
     COMPILER,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mal_kernels._cuda import build
-from mal_kernels._cuda import library as cuda
+from mal_kernels._native import packing
 from mal_kernels.testing.emulation import is_found, linked, needs_compiler
 
 SOURCE = Path(__file__).with_name("cuda_wrappers.cu")
@@ -34,7 +34,7 @@ def runner(path: Path, device: str) -> Run:
 
     def run(function: str, **fields: Tensor | int) -> int:
         there = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in fields.items()}
-        error = cuda.call(library, function, **there, stream=0)
+        error = packing.call(library, function, **there, stream=0)
         for name, x in fields.items():
             if isinstance(x, Tensor):
                 x.copy_(there[name])  # waits

@@ -21,6 +21,7 @@ LAYERS = (
     ("errors",),
     ("state", "config"),
     ("call", "network"),
+    ("_native",),
     ("reference", "_torch", "_cpu", "_triton", "_cuda"),
     ("ops",),
     ("memory", "dialogues", "hosts"),
@@ -42,7 +43,7 @@ BESIDE = {
 ROOTS = {"mal_kernels", *BESIDE}
 # not even inside a function
 NEVER_IN_CORE = {"transformers", "peft", "matplotlib", "rich", "typer", "soundfile", "soxr"}
-CORE = {unit for layer in LAYERS[:6] for unit in layer} - {"hosts"}
+CORE = {unit for layer in LAYERS[:7] for unit in layer} - {"hosts"}
 LOOKS_LIKE_A_MODULE = re.compile(rf"^({'|'.join(sorted(ROOTS))})(\.\w+)+\.?$")
 
 

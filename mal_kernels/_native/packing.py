@@ -1,24 +1,50 @@
-"""A call of the memory as the fields of the structs of ``csrc/mal_kernels.h``."""
+"""Arguments of a library's function: one struct of fields that are 8 bytes wide.
+
+Its fields by name, in order, are those of a struct of ``csrc/mal_kernels.h``.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..call import MemoryCall, n_chunks
-from . import library
 
 Fields: TypeAlias = dict[str, Tensor | int | float | None]
 
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # mal_dtype of mal_kernels.h
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
+
+
+def call(library: ctypes.CDLL, function: str, **fields: Tensor | int | float | None) -> int:
+    """The function's error, 0 if there is none."""
+    return getattr(library, function)(b"".join(map(word, fields.values())))
+
+
+def word(x: Tensor | int | float | None) -> bytes:
+    """A field of a struct: 8 bytes."""
+    if isinstance(x, Tensor):
+        return struct.pack("=Q", x.data_ptr())
+    return struct.pack("=d", x) if isinstance(x, float) else struct.pack("=q", x or 0)
+
+
+def shapes(fields: Fields) -> str:
+    """The fields for people."""
+    return ", ".join(
+        f"{name} {list(x.shape)}" if isinstance(x, Tensor) else f"{name} {x}"
+        for name, x in fields.items()
+    )
 
 
 def call_fields(c: MemoryCall) -> Fields:
     """The fields of ``mal_memory_call``."""
     rows, heads, dim, hidden = c.weights[0].shape
     return dict(
-        dtype=library.DTYPES[c.k.dtype],
+        dtype=DTYPES[c.k.dtype],
         rows=rows,
         T=c.k.shape[1],
         H=heads,
