@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..errors import ArgumentError, BackendUnavailable
 
-BACKENDS = ("auto", "reference", "triton", "cuda")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 # each has a file for every op that it serves, with the same functions in it
-FOLDERS = {"reference": "_torch", "triton": "_triton", "cuda": "_cuda"}
+FOLDERS = {"reference": "_torch", "cpu": "_cpu", "triton": "_triton", "cuda": "_cuda"}
+CPU_OPS = ("memory_update", "neural_memory")
 TRITON_OPS = (
     "memory_read",
     "memory_update",
@@ -45,15 +46,17 @@ def resolve(
     triton_limit: str | None = None,
     *,
     cuda_limit: str | None = None,
+    cpu_limit: str | None = None,
     dtype: torch.dtype | None = None,
     features: int = 0,
     tokens: int = 0,
 ) -> tuple[str, str]:
     """The implementation that ``backend`` names for ``op``, and why it is that one.
 
-    ``MAL_BACKEND`` overrides ``"auto"``, which is the reference, but the CUDA kernels, else Triton,
-    where :func:`measured` holds a result of theirs on this architecture for the op, the dtype and a
-    size like this one (:func:`covers`), and where they can serve the call.
+    ``MAL_BACKEND`` overrides ``"auto"``, which is the reference, but on a CPU the native kernels,
+    where there is a compiler or a library, and on a GPU the CUDA kernels, else Triton, where
+    :func:`measured` holds a result of theirs on this architecture for the op, the dtype and a size
+    like this one (:func:`covers`); all of them where they can serve the call.
 
     Args:
         backend: one of :data:`BACKENDS`.
@@ -61,6 +64,7 @@ def resolve(
         device: of the tensors.
         triton_limit: why the Triton kernels cannot serve this call; None if they can.
         cuda_limit: the same of the CUDA kernels.
+        cpu_limit: the same of the native CPU kernels.
         dtype: of the tokens; None: of calls of any size.
         features: of a head.
         tokens: of the whole call.
@@ -74,6 +78,9 @@ def resolve(
         source, backend = "MAL_BACKEND", os.environ.get("MAL_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ArgumentError(f"{source}: got {backend!r}, expected one of {BACKENDS}")
+    if backend == "auto" and device.type == "cpu":
+        missing = _no_cpu(op, device) or cpu_limit
+        return ("reference", missing) if missing else ("cpu", "the native kernels serve it")
     if backend == "auto":
         able = {
             "cuda": cuda_limit or _no_cuda(device),
@@ -83,7 +90,9 @@ def resolve(
         return _fastest(op, device, usable, dtype, features, tokens)
     if backend == "reference":
         return "reference", f"{source} is set"
-    missing: str | None = f"this version has no {backend} kernel for {op}"
+    missing = f"this version has no {backend} kernel for {op}"
+    if backend == "cpu":
+        missing = _no_cpu(op, device) or cpu_limit
     if backend == "triton" and op in TRITON_OPS:
         missing = _no_triton(device) or triton_limit
     if backend == "cuda" and op in CUDA_OPS:
@@ -105,7 +114,7 @@ def _fastest(
 ) -> tuple[str, str]:
     """What ``auto`` takes of the ``usable`` backends, first the one to be preferred; and why."""
     if device.type != "cuda":
-        return "reference", "no CUDA device here; no committed result says otherwise for a CPU"
+        return "reference", f"no other backend runs on {device.type}"
     found = measured_on(op, device)
     for name in usable:
         near = [m for m in found if m["backend"] == name and covers(m, dtype, features, tokens)]
@@ -140,6 +149,17 @@ def covers(result: dict[str, Any], dtype: torch.dtype | None, features: int, tok
         and result["features"] < 2 * features <= 2 * result["features"]
         and result["tokens"] <= 4 * tokens <= 16 * result["tokens"]
     )
+
+
+def _no_cpu(op: str, device: torch.device) -> str | None:
+    """What keeps the native kernels from ``op`` on ``device``; the library is built if need be."""
+    if op not in CPU_OPS:
+        return f"this version has no native CPU kernel for {op}"
+    if device.type != "cpu":
+        return f"the native kernels run on CPUs and the tensors are on {device}"
+    from .._cpu.library import missing
+
+    return missing()
 
 
 def _no_triton(device: torch.device) -> str | None:

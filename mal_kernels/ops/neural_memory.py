@@ -145,7 +145,7 @@ def neural_memory(
         max_grad_norm: bound of every token's inner gradient norm; None: no bound.
         init: weights that decay pulls toward, shaped like ``state.weights``; None: zero.
         cu_seqlens: ``[N + 1]`` offsets of ragged sequences along T, with B = 1.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         ``output`` ``[B, T, H, D]`` in the dtype of ``q``, the next ``state``, and per token the
@@ -208,11 +208,20 @@ def neural_memory(
         *(backend, "memory_update" if q is None else "neural_memory", k.device),
         memory_limit(k.dtype, call.weights, residual_norm),
         cuda_limit=_cuda_limit(call),
+        cpu_limit=_cpu_limit(call),
         dtype=k.dtype,
         features=k.shape[3],
         tokens=k.shape[0] * k.shape[1],
     )
     return NeuralMemoryOutput.of(*_forward(*call, name))
+
+
+def _cpu_limit(call: MemoryCall) -> str | None:
+    """Why the native CPU kernel cannot serve a call."""
+    depth = len(call.weights) - call.residual_norm
+    if call.weights[0].dtype == torch.float64:
+        return "float64 is served by the reference alone"
+    return None if depth <= 2 else f"the kernels serve memories of depth 1 and 2, not {depth}"
 
 
 def _cuda_limit(call: MemoryCall) -> str | None:
