@@ -1,10 +1,11 @@
-"""Carries ``csrc/`` into the package and, with ``MAL_BUILD_CUDA=1``, compiles it.
+"""Carries ``csrc/`` into the package; ``MAL_BUILD_CUDA=1``, ``MAL_BUILD_CPU=1`` compile it too.
 
 A plain install compiles nothing and gives a wheel for any platform.
 """
 
 import importlib
 import os
+import platform
 import shutil
 import sys
 import types
@@ -14,7 +15,7 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-BUILDS = os.environ.get("MAL_BUILD_CUDA") == "1"
+CUDA, CPU = (os.environ.get(f"MAL_BUILD_{name}") == "1" for name in ("CUDA", "CPU"))
 ROOT = Path(__file__).parent
 
 
@@ -33,9 +34,13 @@ class BuildPackage(build_py):
             ignore=shutil.ignore_patterns("emu"),  # for tests
             dirs_exist_ok=True,
         )
-        if BUILDS:
-            build = cuda_build()
+        if CUDA:
+            build = builder("_cuda")
             build.build(build.TARGETS, package / "_cuda" / build.LIBRARY)
+        if CPU:
+            build = builder("_cpu")
+            for target in build.targets_of(platform.machine()):
+                build.build(target, package / "_cpu" / build.library_name(target))
 
 
 class Wheel(bdist_wheel):
@@ -44,23 +49,23 @@ class Wheel(bdist_wheel):
     def finalize_options(self) -> None:
         """As setuptools asks for."""
         super().finalize_options()
-        self.root_is_pure = not BUILDS
+        self.root_is_pure = not (CUDA or CPU)
 
     def get_tag(self) -> tuple[str, str, str]:
         """Python, ABI and platform."""
-        python, abi, platform = super().get_tag()
-        return ("py3", "none", platform) if BUILDS else (python, abi, platform)
+        python, abi, system = super().get_tag()
+        return ("py3", "none", system) if CUDA or CPU else (python, abi, system)
 
 
-def cuda_build():  # noqa: ANN201  (a module)
-    """``mal_kernels._cuda.build``, without the package's own imports, which need torch."""
+def builder(backend: str) -> types.ModuleType:
+    """The ``build`` module of a backend, without the package's own imports, which need torch."""
     package = types.ModuleType("mal_kernels")
     package.__path__ = [str(ROOT / "mal_kernels")]
     sys.modules["mal_kernels"] = package
-    return importlib.import_module("mal_kernels._cuda.build")
+    return importlib.import_module(f"mal_kernels.{backend}.build")
 
 
 setup(
     cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel},
-    setup_requires=["ninja"] if BUILDS else [],
+    setup_requires=["ninja"] if CUDA else [],
 )

@@ -30,6 +30,11 @@ TARGETS = {
 }
 
 
+def targets_of(machine: str) -> list[str]:
+    """Those of :data:`TARGETS` that ``platform.machine()`` may run."""
+    return [*TARGETS] if machine in ("x86_64", "AMD64") else ["portable"]
+
+
 def library_name(target: str) -> str:
     """The file for one of :data:`TARGETS`."""
     return f"libmal_cpu_{target}.so"
