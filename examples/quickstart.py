@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import typer
 from rich.progress import track
-from torch import nn
 
 from mal_kernels import MALAdapter, MALConfig
 from mal_kernels.demo import small_host, synth, train
@@ -28,16 +27,14 @@ def dialogues(rng: np.random.Generator, count: int) -> tuple[np.ndarray, synth.S
     return synth.render_script(rng, script), script
 
 
-def turns(
-    host: nn.Module, mal: MALAdapter, waves: np.ndarray, script: synth.Script
-) -> Iterator[torch.Tensor]:
+def turns(mal: MALAdapter, waves: np.ndarray, script: synth.Script) -> Iterator[torch.Tensor]:
     """The logits of the three moods, turn by turn; the memory hears each turn once."""
     processor = small_host.build_processor()
     ids = [f"dialogue-{i}" for i in range(len(waves))]
     for t in range(waves.shape[1]):
         inputs = small_host.prompt(processor, waves[:, t])
-        with mal.dialogue(ids, speaker=["AB"[s] for s in script.speaker[:, t]]):
-            yield host(**inputs).logits[:, -1, small_host.answer_ids()]
+        dialogue = mal.dialogue(ids, speaker=["AB"[s] for s in script.speaker[:, t]])
+        yield dialogue(**inputs).logits[:, -1, small_host.answer_ids()]
     mal.dialogues.forget(ids)
 
 
@@ -58,7 +55,7 @@ def main(
         truth = torch.from_numpy(script.label)
         losses = [
             torch.nn.functional.cross_entropy(logits, truth[:, t])
-            for t, logits in enumerate(turns(host, mal, waves, script))
+            for t, logits in enumerate(turns(mal, waves, script))
         ]
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()  # through the memory, into the earlier turns
@@ -70,9 +67,9 @@ def main(
     mal = MALAdapter.from_pretrained(out).attach(host)
     waves, script = dialogues(np.random.default_rng(1), 50)
     with torch.no_grad():
-        heard = torch.stack(list(turns(host, mal, waves, script)), 1).argmax(-1)
+        heard = torch.stack(list(turns(mal, waves, script)), 1).argmax(-1)
         with mal.disable_adapter():
-            alone = torch.stack(list(turns(host, mal, waves, script)), 1).argmax(-1)
+            alone = torch.stack(list(turns(mal, waves, script)), 1).argmax(-1)
     for name, answer in (("host alone", alone), ("with memory", heard)):
         print(f"{name}: {float((answer.numpy() == script.label).mean()):.3f}")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -149,14 +149,26 @@ def play(
                 embeds = turn.embeds[None].to(model.answers.device)
                 there = torch.ones(1, 1, embeds.shape[1], dtype=torch.bool, device=embeds.device)
                 scored = there[..., 0]
-                with ExitStack() as stack:
-                    if enabled:
-                        stack.enter_context(mal.dialogue(dialogue.dialogue.id, speaker=who))
-                        stack.enter_context(mal.audio_mask(turn.audio[None].to(embeds.device)))
-                    else:
-                        stack.enter_context(mal.disable_adapter())
-                    yield model.answer(embeds[None], there, scored, None)[0].cpu()
+                contexts: list[AbstractContextManager[object]] = [mal.disable_adapter()]
+                if enabled:
+                    mask = turn.audio[None].to(embeds.device)
+                    contexts = [
+                        mal.dialogue(dialogue.dialogue.id, speaker=who),
+                        mal.audio_mask(mask),
+                    ]
+                answer = partial(model.answer, embeds[None], there, scored, None)
+                yield _within(contexts, answer)[0].cpu()
             mal.dialogues.forget([dialogue.dialogue.id])
     finally:
         mal.dialogues.forget()
         mal.detach()
+
+
+def _within(
+    contexts: Sequence[AbstractContextManager[object]], call: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """A call inside of contexts, which a generator may not keep open while it waits."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        return call()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +39,12 @@ class MALAdapter(nn.Module):
     the last digit of a host, since torch folds matrix products another way for weights that require
     gradients.
 
-    Threads and asyncio tasks can share an adapter: each has its own open dialogue and its own turn.
-    Whether the host itself can run in several threads at once is for the host to say.
+    Threads and asyncio tasks can share an adapter. Servers call the host through a dialogue, whose
+    calls are its turns wherever they run; in scripts, ``with mal.dialogue(...)`` makes turns of it
+    out of calls of the host. Whether the host can run in several threads at once is for it to say.
+
+    A copy of an adapter, by ``copy.deepcopy`` or ``pickle``, is attached to nothing, and a copy of
+    its host is a host without an adapter.
 
     Args:
         config: see :class:`MALConfig`; its defaults if ``None``.
@@ -61,6 +65,10 @@ class MALAdapter(nn.Module):
         ...     answer = host.generate(**tiny_inputs(host, [[6]]), max_new_tokens=2)
         >>> dialogue.turns
         [1]
+        >>> other = mal.dialogue("call-18")  # in a server, with nothing open
+        >>> answer = other.generate(**tiny_inputs(host, [[4]]), max_new_tokens=2)
+        >>> other.turns
+        [1]
         >>> mal.detach()
     """
 
@@ -74,6 +82,10 @@ class MALAdapter(nn.Module):
         self.last_turn: TurnReport | None = None
         self._scopes = Scopes()
         self._attachment: _Attachment | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what a copy starts from: attached to nothing, inside of nothing
+        return {**vars(self), "_attachment": None, "_scopes": Scopes()}
 
     def _new_memory(self, hidden_size: int) -> NeuralMemory:
         # one chunk per turn: a turn writes the mean of its tokens' gradients, whatever its length
@@ -105,7 +117,8 @@ class MALAdapter(nn.Module):
         site. They stay float32 whatever the dtype of the host.
 
         Args:
-            model: a host known to :func:`register_host`, or a ``PeftModel`` of one.
+            model: a host known to :func:`register_host`, or a ``PeftModel`` or ``torch.compile``
+                of one.
             freeze: whether to set ``requires_grad=False`` on all parameters of ``model``, until
                 :meth:`detach`. With ``False`` they are left as they are, to train LoRA along, and
                 so is every bit of the output.
@@ -113,7 +126,7 @@ class MALAdapter(nn.Module):
         Raises:
             HostError: already attached, unknown host, or a site that cannot work in it.
         """
-        host = Host.of(model)
+        host = Host.of(getattr(model, "_orig_mod", model))
         self._check_free(host)
         site = host.site(self.config.site)
         if self.config.hidden_size not in (None, host.hidden_size):
@@ -137,6 +150,8 @@ class MALAdapter(nn.Module):
                 parameter.requires_grad_(False)
             undo.callback(host.checkpoint_again, site)
             hooks.attach(undo)
+            undo.callback(setattr, self._scopes, "host", None)
+            self._scopes.host = model
             self._attachment = _Attachment(host, hooks, undo.pop_all())
         return self
 
@@ -158,20 +173,21 @@ class MALAdapter(nn.Module):
         """Leaves the host exactly as :meth:`attach` found it. Weights and dialogues stay here.
 
         Raises:
-            HostError: not attached.
+            HostError: not attached, or a turn is under way, which would be lost.
         """
         if self._attachment is None:
             raise HostError("this adapter is not attached; call attach(model) first.")
+        if self._attachment.hooks.under_way:
+            raise HostError("a turn of this host is under way; call detach() when it has ended.")
         self._attachment.undo.close()
         self._attachment = None
 
     # --- dialogues --------------------------------------------------------------------------------
 
-    @contextmanager
     def dialogue(
         self, ids: str | Sequence[str], speaker: str | Sequence[str | None] | None = None
-    ) -> Iterator[Dialogue]:
-        """Within this context, calls of the host are turns of ``ids``. States stay when it ends.
+    ) -> Dialogue:
+        """A dialogue through which the host is called, or inside of which it is.
 
         A call with audio (``generate``, or a forward call outside of it) is one turn: it reads what
         the dialogue remembers and, if it succeeds, writes its audio once. Several clips in one
@@ -184,19 +200,21 @@ class MALAdapter(nn.Module):
                 dialogue, which their turns read; turns write it and the one that all share. With
                 ``None`` a turn reads and writes the shared one.
 
-        The context is that of the thread or asyncio task that opens it. A call of the host in
-        another thread, as for a streamer, belongs to the dialogue if it runs in a
-        ``contextvars.copy_context()``; if it has no dialogue while one is open it is refused.
+        ``dialogue.generate(...)`` and ``dialogue(...)`` are turns of that dialogue wherever they
+        run. Servers, generators and callbacks use these.
+
+        Within ``with mal.dialogue(...)`` calls of the host itself are turns, in the thread or
+        asyncio task that opened it. A call in another thread belongs to the dialogue if it runs in
+        a ``contextvars.copy_context()``, while the block lasts: afterwards it is refused, and so is
+        a call without a dialogue while one is open elsewhere, a call for another dialogue in the
+        middle of a turn, and a ``with`` in a generator, whose caller would be inside of it, too.
 
         Raises:
             ArgumentError: see :class:`Dialogue`.
         """
-        dialogue = Dialogue(self.dialogues, ids, speaker)
-        with self._scopes.within(self._scopes.dialogues, dialogue=dialogue):
-            yield dialogue
+        return Dialogue(self.dialogues, ids, speaker, scopes=self._scopes)
 
-    @contextmanager
-    def audio_mask(self, mask: Tensor) -> Iterator[None]:
+    def audio_mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within this context, calls of the host have audio at the positions ``mask`` ``[B, S]``.
 
         For prompts given as ``inputs_embeds``, in which audio cannot be found by its token. A clip
@@ -224,8 +242,7 @@ class MALAdapter(nn.Module):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ArgumentError(f"mask is {what}; pass a bool tensor [batch, positions].")
-        with self._scopes.within(self._scopes.masks, mask=mask):
-            yield
+        return self._scopes.within(self._scopes.masks, mask=mask)
 
     def undo(self) -> None:
         """Drops the last turn of the dialogue that is open now.
@@ -240,11 +257,9 @@ class MALAdapter(nn.Module):
             )
         dialogue.undo()
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> AbstractContextManager[None]:
         """Within this context the host, frozen or not, is itself: nothing is read or written."""
-        with self._scopes.within(enabled=False):
-            yield
+        return self._scopes.within(enabled=False)
 
     # --- persistence ------------------------------------------------------------------------------
 

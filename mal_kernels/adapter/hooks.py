@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import wraps
+from functools import update_wrapper
+from os import getpid
 from threading import get_ident
 from typing import Any
 
@@ -54,6 +55,17 @@ class Hooks:
         self._in_forward: dict[int, Turn] = {}
         # where clips begin is known only when they are there: torch.compile leaves this to Python
         self._eagerly = torch.compiler.disable(lambda function, *args: function(*args))
+        # this frame only, not the host inside of it
+        self._around_forward = torch.compiler.disable(self._around_forward, recursive=False)  # type: ignore[method-assign]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # in a copy of the host they find nothing under way, and do nothing
+        return _inert, ()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a call of the host is."""
+        return bool(self._in_forward or self._in_generate)
 
     def attach(self, undo: ExitStack) -> None:
         """Puts the hooks into the host; closing ``undo`` takes them out again."""
@@ -61,10 +73,7 @@ class Hooks:
         reads_embeds = self.config.site == "embeds"
         self.attached = True
         undo.callback(setattr, self, "attached", False)
-        handles = [
-            model.register_forward_pre_hook(self._before_host, with_kwargs=True),
-            model.register_forward_hook(self._after_host),
-        ]
+        handles = []
         if projector is not None or (reads_embeds and not encoder):
             embeds = self.host.site("embeds")
             handles += [embeds.register_forward_pre_hook(self._at_embeds, with_kwargs=True)]
@@ -74,15 +83,34 @@ class Hooks:
             handles += [self.site.register_forward_hook(at_output, prepend=True)]
         for handle in handles:
             undo.callback(handle.remove)
+        # not hooks: these have no end for a call that fails, and some hosts call the forward of
+        # their projector, which passes hooks by
+        undo.callback(_Around(model, "forward", self._forward).put())
         if projector is not None:
-            self._wrap_projector(projector, undo)
+            undo.callback(_Around(projector, "forward", self._project).put())
         if hasattr(model, "generate"):
-            self._wrap_generate(model, undo)
+            undo.callback(_Around(model, "generate", self._generate).put())
 
-    def _before_host(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = self.host.arguments(args, kwargs)
-        if self._in_forward or self._may_have_audio(inputs):
-            self._eagerly(self._begin_forward, inputs)
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.attached and (
+            self._in_forward or self._may_have_audio(self.host.arguments(args, kwargs, forward))
+        ):
+            return self._around_forward(forward, args, kwargs)
+        return forward(*args, **kwargs)
+
+    def _around_forward(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        inputs = self.host.arguments(args, kwargs, forward)
+        call = self._eagerly(self._begin_forward, inputs)
+        if call is None:
+            return forward(*args, **kwargs)
+        try:
+            output = forward(*args, **kwargs)
+            self._eagerly(self._end_forward, call)
+        finally:
+            self._eagerly(call.leave)
+        return output
 
     def _may_have_audio(self, inputs: Mapping[str, Any]) -> bool:
         host = self.host
@@ -93,23 +121,25 @@ class Hooks:
             return False
         return host.carries_audio(inputs) or bool(self.scopes.masks)
 
-    def _begin_forward(self, inputs: Mapping[str, Any]) -> None:
-        thread, scope, host = get_ident(), self.scopes.current(), self.host
-        self._in_forward.pop(thread, None)  # left behind by a call that failed
-        if not scope.enabled or not self._may_have_audio(inputs):
-            return
-        turn = self._in_generate.get(thread)
+    def _begin_forward(self, inputs: Mapping[str, Any]) -> _UnderWay | None:
+        """The turn that a forward call is, or is a part of, from here on."""
+        thread, host = get_ident(), self.host
+        if not self.scopes.innermost().enabled or not self._may_have_audio(inputs):
+            return None
+        scope, turn = self.scopes.current(), self._in_generate.get(thread)
         # a mask is that of the prompt, which is the first call in generate
         located = turn is not None and turn.clip_rounds
         if host.projector is None and not (
             host.carries_audio(inputs) if scope.mask is None else not located
         ):
-            return
+            return None
+        if turn is not None:
+            _check_owner(turn, scope)
         host.checkpoint_never(self.site)
         turn = turn or self._new_turn(scope, inputs)
         if not host.spec.encoder and host.projector is None:
             turn.locate_clips(host, host.prompted(inputs, turn.given), scope.mask)
-        self._in_forward[thread] = turn
+        return _UnderWay(turn, self._in_forward)
 
     def _new_turn(
         self,
@@ -118,11 +148,13 @@ class Hooks:
         batch: int | None = None,
         generating: bool = False,
     ) -> Turn:
-        if scope.dialogue is None and self.scopes.dialogues:
+        # of this process, not of one that it was forked from
+        if scope.dialogue is None and getpid() in self.scopes.dialogues.values():
             raise ArgumentError(
                 "no dialogue() is open in this thread or asyncio task, but one is in another: the "
-                "turn would be lost. Open it where the host is called, or run the call in a "
-                "contextvars.copy_context(), as asyncio.to_thread does."
+                "turn would be lost. Call dialogue.generate(...) or dialogue(...), open it where "
+                "the host is called, or run the call in a contextvars.copy_context(), as "
+                "asyncio.to_thread does."
             )
         return Turn(
             self.memory(),
@@ -163,7 +195,7 @@ class Hooks:
             return hidden
         hidden = turn.inject(hidden)
         if turn.generating:
-            self._in_forward.pop(thread)  # until the next call with audio
+            self._in_forward.pop(thread, None)  # until the next call with audio
         return hidden
 
     def _collect_projected(self, output: Tensor) -> None:
@@ -176,7 +208,7 @@ class Hooks:
         """The turn of this thread; ``generate`` may run parts of the model without the whole."""
         thread = get_ident()
         turn = self._in_forward.get(thread) or self._in_generate.get(thread)
-        return turn if self.scopes.current().enabled else None
+        return turn if self.scopes.innermost().enabled else None
 
     def _at_encoder(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         under_way = self._in_forward or self._in_generate
@@ -196,73 +228,116 @@ class Hooks:
         hidden, put = self.host.hidden_of(output)
         return put(turn.inject(hidden))
 
-    def _after_host(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._in_forward:
-            self._eagerly(self._end_forward)
-
-    def _end_forward(self) -> None:
-        thread = get_ident()
-        turn = self._in_forward.pop(thread, None)
-        if turn is not None and thread not in self._in_generate:
-            self._finish(turn)
+    def _end_forward(self, call: _UnderWay) -> None:
+        if not call.turn.generating:
+            self._finish(call.turn)
 
     def _finish(self, turn: Turn) -> None:
         report = turn.commit()
         if report is not None:
             self.on_turn(turn.dialogue, report)
 
-    def _wrap_generate(self, model: nn.Module, undo: ExitStack) -> None:
-        generate: Any = model.generate
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.attached or not self.scopes.innermost().enabled:
+            return generate(*args, **kwargs)
+        scope, outer = self.scopes.current(), self._in_generate.get(get_ident())
+        if outer is not None:
+            _check_owner(outer, scope)
+            return generate(*args, **kwargs)
+        given = self.host.arguments(args, kwargs, generate)
+        turn = self._new_turn(scope, given, self.host.batch(given), generating=True)
+        call = _UnderWay(turn, self._in_generate, self._in_forward)
+        try:
+            output = generate(*args, **kwargs)
+            if self.host.carries_audio(given) and not (turn.clip_rounds or turn.projected):
+                raise HostError(_PASSED_BY)
+            with torch.no_grad():
+                self._finish(turn)
+        finally:
+            call.leave()
+        return output
 
-        @wraps(generate)
-        def generate_one_turn(*args: Any, **kwargs: Any) -> Any:
-            thread, scope = get_ident(), self.scopes.current()
-            if not scope.enabled or not self.attached or thread in self._in_generate:
-                return generate(*args, **kwargs)
-            given = self.host.arguments(args, kwargs, generate)
-            turn = self._new_turn(scope, given, self.host.batch(given), generating=True)
-            self._in_forward.pop(thread, None)  # left behind by a call that failed
-            self._in_generate[thread] = turn
-            try:
-                output = generate(*args, **kwargs)
-                with torch.no_grad():
-                    self._finish(turn)
-            finally:
-                self._in_generate.pop(thread)
-                self._in_forward.pop(thread, None)
-            return output
+    def _project(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if self._in_forward or self._in_generate:
+            self._eagerly(self._collect_projected, output)
+        return output
 
-        generate_one_turn.mal_hooks = self  # type: ignore[attr-defined]
-        undo.callback(_replace(model, "generate", generate_one_turn))
 
-    def _wrap_projector(self, projector: nn.Module, undo: ExitStack) -> None:
-        forward = projector.forward
+_PASSED_BY = (
+    "generate was given audio, but ran another model than the one that the adapter is attached to: "
+    "attach(model) to the model that is called, and before it is copied or wrapped; if it was "
+    "compiled and has run before attach(), call torch.compiler.reset()."
+)
 
-        @wraps(forward)
-        def collecting(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            if self._in_forward or self._in_generate:
-                self._eagerly(self._collect_projected, output)
-            return output
 
-        # not a hook: some hosts call the forward of their projector, which passes hooks by
-        undo.callback(_replace(projector, "forward", collecting))
+def _check_owner(turn: Turn, scope: Scope) -> None:
+    if scope.dialogue is not turn.dialogue:
+        whose, now = (list(x.ids) if x else None for x in (turn.dialogue, scope.dialogue))
+        raise ArgumentError(
+            f"the host is called for dialogue {now} inside a turn of {whose}, which would be "
+            "written with what it hears; call it when that turn has ended, or within "
+            "disable_adapter()."
+        )
+
+
+class _UnderWay:
+    """A call of the host is under way in this thread until this is left, or dropped with its frame.
+
+    An interrupt can fall before the first line of a ``finally``.
+    """
+
+    def __init__(self, turn: Turn, calls: dict[int, Turn], *more: dict[int, Turn]) -> None:
+        self.turn, self.calls, self.thread = turn, (calls, *more), get_ident()
+        calls[self.thread] = turn
+
+    def leave(self) -> None:
+        for calls in self.calls:
+            if calls.get(self.thread) is self.turn:
+                calls.pop(self.thread, None)
+
+    __del__ = leave
+
+
+class _Around:
+    """A method of a module with the adapter around it; in a copy of the module it is the method."""
+
+    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+        self.module, self.name, self.around = module, name, around
+        self.own = module.__dict__.get(name)
+        self.method: Callable[..., Any] = getattr(module, name)
+        update_wrapper(self, self.method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.method, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (self.module, self.name)) if self.own is None else (_same, (self.own,))
+
+    def put(self) -> Callable[[], None]:
+        """Takes the place of the method; returns what leaves it again."""
+        setattr(self.module, self.name, self)
+
+        def restore() -> None:
+            if self.module.__dict__.get(self.name) is self:
+                delattr(self.module, self.name)
+                if self.own is not None:
+                    setattr(self.module, self.name, self.own)
+
+        return restore
+
+
+def _same(method: Any) -> Any:
+    return method
+
+
+def _inert() -> Hooks:
+    """Hooks in a copy of the host."""
+    hooks = object.__new__(Hooks)
+    hooks.attached, hooks._in_forward, hooks._in_generate = False, {}, {}
+    return hooks
 
 
 def is_hooked(model: nn.Module) -> bool:
     """Whether an adapter is attached to ``model``."""
-    return hasattr(model.__dict__.get("generate"), "mal_hooks")
-
-
-def _replace(module: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    """Puts ``method`` in the place of one of ``module``; returns what takes it out again."""
-    own = module.__dict__.get(name)
-    setattr(module, name, method)
-
-    def restore() -> None:
-        if module.__dict__.get(name) is method:
-            delattr(module, name)
-            if own is not None:
-                setattr(module, name, own)
-
-    return restore
+    return isinstance(model.__dict__.get("forward"), _Around)

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from threading import get_ident
+from types import FrameType, MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
 from ..dialogues import Dialogue
+from ..errors import ArgumentError, HostError
 
 
-class Scope(NamedTuple):
-    """What the context managers of an adapter say about the calls made within them."""
+@dataclass(eq=False)
+class Scope:
+    """What the context managers of an adapter say about the calls made within them.
+
+    Attributes:
+        outer: the scope that it was opened in.
+        is_open: until its block has ended. A task or thread that was started inside of it with its
+            context finds it there afterwards.
+        held_by: the opening to leave by hand, where no ``with`` statement holds it.
+    """
 
     dialogue: Dialogue | None = None
     mask: Tensor | None = None
     enabled: bool = True
+    outer: Scope | None = None
+    is_open: bool = True
+    held_by: Opening | None = None
+
+    def chain(self) -> Iterator[Scope]:
+        """Yields this scope and those around it, from the inside."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.outer
 
 
 OUTSIDE = Scope()
@@ -26,35 +50,160 @@ OUTSIDE = Scope()
 _SCOPES: ContextVar[Mapping[object, Scope]] = ContextVar("scopes", default=MappingProxyType({}))
 
 
+class Opening:
+    """One block for which a scope is open, as a context manager that no interrupt leaves open.
+
+    An interrupt can fall before the first instruction of ``__exit__``, which then never runs. So
+    nothing but the block may hold this object: it leaves its scope also when it is dropped, and
+    leaving what is half open or half left is right.
+    """
+
+    def __init__(
+        self, scopes: Scopes, says: dict[str, Any], register: dict[Scope, int] | None
+    ) -> None:
+        self.scopes, self.says, self.register = scopes, says, register
+        self.scope: Scope | None = None
+
+    def __enter__(self) -> None:
+        self.enter(sys._getframe(1))
+
+    def enter(self, frame: FrameType | None, *, by_hand: bool = False) -> None:
+        """Opens the scope for ``frame``, which says ``with``.
+
+        Raises:
+            ArgumentError: it is that of a generator.
+        """
+        _refuse_generators(frame)
+        outer = self.scopes.innermost()
+        inherited = next(scope for scope in outer.chain() if scope.is_open)
+        self.scope = replace(inherited, outer=outer, held_by=self if by_hand else None, **self.says)
+        if self.register is not None:
+            self.register[self.scope] = os.getpid()
+        _SCOPES.set({**_SCOPES.get(), self.scopes: self.scope})
+
+    def __exit__(self, *_: object) -> None:
+        if self.scope is None:  # looked up after somebody entered by hand
+            self.scopes.leave(self.says["dialogue"])
+        self.leave()
+
+    def leave(self) -> None:
+        """Closes the scope, and takes it out of the thread or task that opened it."""
+        scope = self.scope
+        if scope is None:
+            return
+        scope.is_open, scope.held_by = False, None
+        if self.register is not None:
+            self.register.pop(scope, None)
+        self.scopes.remove(scope)
+
+    __del__ = leave
+
+
 class Scopes:
     """The scopes of one adapter: each thread and asyncio task sees the one that it is in.
 
     Attributes:
-        dialogues: scopes that opened a dialogue, of all threads and tasks.
-        masks: scopes that gave a mask, of all threads and tasks.
+        host: what was attached, which a dialogue calls; ``None`` while nothing is.
+        dialogues: open ``with`` blocks of dialogues, of all threads and tasks, with their process.
+        masks: scopes that gave a mask, likewise.
     """
 
     def __init__(self) -> None:
-        self.dialogues: dict[object, Scope] = {}
-        self.masks: dict[object, Scope] = {}
+        self.host: Any = None
+        self.dialogues: dict[Scope, int] = {}
+        self.masks: dict[Scope, int] = {}
+        # by thread: what a `with` statement holds from before it enters
+        self._prepared: dict[int, weakref.ref[Opening]] = {}
 
-    def current(self) -> Scope:
-        """The innermost scope of this thread or task."""
+    def innermost(self) -> Scope:
+        """The scope of this thread or task, which may be closed."""
         return _SCOPES.get().get(self, OUTSIDE)
 
-    @contextmanager
-    def within(self, register: dict[object, Scope] | None = None, **says: Any) -> Iterator[None]:
-        """Opens a scope inside the current one, and lists it in ``register`` while it is open."""
-        outer, key = self.current(), object()
-        scope = outer._replace(**says)
-        if register is not None:
-            register[key] = scope
-        _SCOPES.set({**_SCOPES.get(), self: scope})
-        try:
-            yield
-        finally:
+    def current(self) -> Scope:
+        """The scope that a call in this thread or task belongs to.
+
+        Raises:
+            ArgumentError: it is closed.
+        """
+        scope = self.innermost()
+        if not scope.is_open:
+            of = f"dialogue({list(scope.dialogue.ids)})" if scope.dialogue else "a context"
+            raise ArgumentError(
+                f"this task or thread was started inside {of}, which has ended since: the call "
+                "would be a turn of nobody or of somebody else. Start it outside, or call "
+                "dialogue.generate(...) or dialogue(...), which need no open context."
+            )
+        return scope
+
+    def within(self, register: dict[Scope, int] | None = None, **says: Any) -> Opening:
+        """A scope inside the current one, to be opened, and listed in ``register`` until left."""
+        return Opening(self, says, register)
+
+    def remove(self, scope: Scope) -> None:
+        """Goes back to what was before ``scope`` in this thread or task, if it is there."""
+        innermost = self.innermost()
+        for inner in innermost.chain():  # left in another order than entered
+            if inner.outer is scope:
+                inner.outer = scope.outer
+        if innermost is scope:
             others = {owner: x for owner, x in _SCOPES.get().items() if owner is not self}
             # without an entry that would keep the dialogue alive
+            outer = scope.outer or OUTSIDE
             _SCOPES.set(others if outer is OUTSIDE else {**others, self: outer})
-            if register is not None:
-                del register[key]
+
+    def call(self, dialogue: Dialogue, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the host as a turn of ``dialogue``, whatever is open.
+
+        Raises:
+            HostError: the adapter is not attached.
+        """
+        if self.host is None:
+            raise HostError("the adapter is not attached to a host; call attach(model) first.")
+        with self.within(dialogue=dialogue):
+            return getattr(self.host, method)(*args, **kwargs)
+
+    def prepare(self, dialogue: Dialogue) -> Callable[..., None]:
+        """What a ``with`` statement is to hold from before it enters ``dialogue``, and to call."""
+        opening = self.within(self.dialogues, dialogue=dialogue)
+        self._prepared[get_ident()] = weakref.ref(opening)
+        return opening.__exit__
+
+    def enter(self, dialogue: Dialogue, frame: FrameType) -> None:
+        """Opens what was prepared for ``dialogue``, or what its scope holds until left by hand."""
+        prepared = self._prepared.pop(get_ident(), None)
+        opening = prepared() if prepared else None
+        by_hand = opening is None or opening.scope or opening.says["dialogue"] is not dialogue
+        if opening is None or by_hand:
+            opening = self.within(self.dialogues, dialogue=dialogue)
+        opening.enter(frame, by_hand=bool(by_hand))
+
+    def leave(self, dialogue: Dialogue) -> None:
+        """Leaves what was opened by hand, as by an ``ExitStack``."""
+        held = (x.held_by for x in self.innermost().chain() if x.dialogue is dialogue)
+        opening = next(filter(None, held), None)
+        if opening is not None:
+            opening.leave()
+
+
+def _refuse_generators(frame: FrameType | None) -> None:
+    """Raises where what opens a scope is a generator, whose caller would be inside it, too.
+
+    One that contextlib runs is a context manager; then who says ``with`` to that one counts.
+    """
+    while frame is not None:
+        caller, code = frame.f_back, frame.f_code
+        generator = code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR)
+        if generator and not _of_contextlib(caller):
+            raise ArgumentError(
+                f"the generator {code.co_name}() opens a context of the adapter, which its caller "
+                "and other generators would be inside of while it waits in a yield; call "
+                "dialogue.generate(...) or dialogue(...), which need no open context, or move the "
+                "block into a function that the generator calls."
+            )
+        if not generator and not _of_contextlib(frame):
+            return
+        frame = caller
+
+
+def _of_contextlib(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"

@@ -68,10 +68,9 @@ class Player:
         try:
             for t in range(waves.shape[1]):
                 inputs = small_host.prompt(self.processor, waves[:, t])
-                with self.mal.disable_adapter():
-                    without, host_ms = self._answer(inputs, timings)
-                with self.mal.dialogue(ids, speaker=[row[t] for row in speakers]) as dialogue:
-                    answer, both_ms = self._answer(inputs, timings, again=dialogue.undo)
+                without, host_ms = self._without_memory(inputs, timings)
+                dialogue = self.mal.dialogue(ids, speaker=[row[t] for row in speakers])
+                answer, both_ms = self._answer(dialogue.generate, inputs, timings, dialogue.undo)
                 surprise = self.mal.last_turn.surprise.numpy()
                 yield Turn(without, answer, surprise, host_ms, both_ms - host_ms)
         finally:
@@ -79,10 +78,18 @@ class Player:
 
     def answer_alone(self, waves: np.ndarray) -> np.ndarray:
         """The control: each of ``[N, CLIP_SAMPLES]`` is a dialogue of its own for the adapter."""
-        return self._answer(small_host.prompt(self.processor, waves))[0]
+        return self._answer(self.host.generate, small_host.prompt(self.processor, waves))[0]
+
+    def _without_memory(self, inputs: BatchFeature, timings: int) -> tuple[np.ndarray, float]:
+        with self.mal.disable_adapter():
+            return self._answer(self.host.generate, inputs, timings)
 
     def _answer(
-        self, inputs: BatchFeature, timings: int = 1, again: Callable[[], object] = lambda: None
+        self,
+        generate: Callable[..., torch.Tensor],
+        inputs: BatchFeature,
+        timings: int = 1,
+        again: Callable[[], object] = lambda: None,
     ) -> tuple[np.ndarray, float]:
         """Answers ``[N]`` and the least time in ms; ``again`` precedes every further attempt."""
         elapsed = []
@@ -90,7 +97,7 @@ class Player:
             if attempt:
                 again()
             start = time.perf_counter()
-            tokens = self.host.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
+            tokens = generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
             elapsed.append(1e3 * (time.perf_counter() - start))
         hits = tokens[:, None] == torch.tensor(small_host.answer_ids())  # [N, 3]
         return torch.where(hits.any(1), hits.int().argmax(1), -1).numpy(), min(elapsed)

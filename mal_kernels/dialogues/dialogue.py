@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Protocol
 
 from ..errors import ArgumentError
 from ..state import MemoryState
@@ -11,26 +13,65 @@ from .report import TurnReport
 from .store import DialogueStore
 
 
+class Scopes(Protocol):
+    """The part of an adapter that knows whose turn a call of its host is."""
+
+    def call(self, dialogue: Dialogue, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the host as a turn of ``dialogue``."""
+
+    def prepare(self, dialogue: Dialogue) -> Callable[..., None]:
+        """What a ``with`` statement calls at its end, and holds until then."""
+
+    def enter(self, dialogue: Dialogue, frame: FrameType) -> None:
+        """Calls of the host in this thread or task are turns of ``dialogue`` from here on."""
+
+    def leave(self, dialogue: Dialogue) -> None:
+        """Ends what ``enter`` began, if no ``with`` statement does."""
+
+
+class _Exit:
+    """The ``__exit__`` of a dialogue, which each ``with`` statement gets one of its own of.
+
+    The statement looks it up before it enters, and alone holds it: dropped, it has ended as well.
+    """
+
+    def __get__(self, dialogue: Dialogue | None, _: type[Dialogue]) -> Callable[..., None]:
+        if dialogue is None:  # an ExitStack asks the class
+            return lambda dialogue, *_: dialogue._scopes.leave(dialogue)
+        return dialogue._scopes.prepare(dialogue)
+
+
 class Dialogue:
     """A batch of dialogues, one per row of the host's batch; made by :meth:`MALAdapter.dialogue`.
+
+    Call the host through it: ``dialogue.generate(...)``, or ``dialogue(...)`` for ``forward``. The
+    owner travels with the call, in whatever thread, task, generator or streamer's thread it runs,
+    and nothing is open before or after: this is the way for servers. In scripts ``with dialogue:``
+    makes turns of it out of calls of the host itself.
 
     Args:
         store: where the states are kept.
         ids: id of each dialogue.
         speaker: who speaks; one name for all rows, or one per row; ``None`` where it is not known.
+        scopes: of the adapter whose host it calls.
 
     Attributes:
-        last_turn: what the last turn in this context did, as :attr:`MALAdapter.last_turn`.
+        last_turn: what the last turn of this object did, as :attr:`MALAdapter.last_turn`.
 
     Raises:
         ArgumentError: ids or speakers are not strings, repeat, or do not match in number.
 
     Example:
         >>> from mal_kernels import MALAdapter, MALConfig
-        >>> mal = MALAdapter(MALConfig(heads=2, head_dim=8, hidden_size=32))
-        >>> with mal.dialogue(["call-17", "call-18"], speaker="A") as dialogue:
-        ...     dialogue.ids, dialogue.speakers, dialogue.state.batch_size
+        >>> from mal_kernels.testing import tiny_host, tiny_inputs
+        >>> host = tiny_host("qwen2_audio")
+        >>> mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(host)
+        >>> dialogue = mal.dialogue(["call-17", "call-18"], speaker="A")
+        >>> dialogue.ids, dialogue.speakers, dialogue.state.batch_size
         (('call-17', 'call-18'), ('A', 'A'), 2)
+        >>> answer = dialogue.generate(**tiny_inputs(host, [[6], [4]]), max_new_tokens=2)
+        >>> dialogue.turns
+        [1, 1]
     """
 
     def __init__(
@@ -38,8 +79,10 @@ class Dialogue:
         store: DialogueStore,
         ids: str | Sequence[str],
         speaker: str | Sequence[str | None] | None = None,
+        *,
+        scopes: Scopes,
     ) -> None:
-        self.store = store
+        self.store, self._scopes = store, scopes
         self.last_turn: TurnReport | None = None
         self.ids: tuple[str, ...] = (ids,) if isinstance(ids, str) else _tuple(ids)
         one_for_all = speaker is None or isinstance(speaker, str)
@@ -60,6 +103,28 @@ class Dialogue:
                 f"speaker is {speaker!r} for {len(self.ids)} dialogues; pass a string or None, or "
                 "a list with one of them per dialogue."
             )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls ``generate`` of the host, as one turn of this dialogue, and returns its answer.
+
+        Raises:
+            HostError: the adapter is not attached.
+        """
+        return self._scopes.call(self, "generate", *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the host, as one turn of this dialogue, and returns its output.
+
+        Raises:
+            HostError: the adapter is not attached.
+        """
+        return self._scopes.call(self, "__call__", *args, **kwargs)
+
+    def __enter__(self) -> Dialogue:
+        self._scopes.enter(self, sys._getframe(1))
+        return self
+
+    __exit__ = _Exit()
 
     @property
     def turns(self) -> list[int]:

@@ -67,7 +67,7 @@ def in_a_forward_call(host, x, error):
 
 
 def in_the_write(host, x, error):
-    memory = host.generate.mal_hooks.memory()
+    memory = host.forward.around.__self__.memory()
     memory.write = interrupt(error)
     try:
         host.generate(**x, max_new_tokens=3)

@@ -155,7 +155,7 @@ def step(host: Echo, mal: MALAdapter, dialogue: int, turns: int, log: Log) -> bo
     """The next turn of a dialogue, again and again until it is there; false if there is none."""
     while True:
         with contextlib.suppress(StoreError):
-            done = Dialogue(mal.dialogues, f"call-{dialogue}").turns[0]
+            done = mal.dialogue(f"call-{dialogue}").turns[0]
             break
     if done == turns:
         return False
