@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from os import getpid
 from threading import get_ident
 from typing import Any
@@ -235,6 +236,7 @@ class Hooks:
     def _finish(self, turn: Turn) -> None:
         report = turn.commit()
         if report is not None:
+            report.finish()
             self.on_turn(turn.dialogue, report)
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -288,15 +290,20 @@ class _UnderWay:
     """
 
     def __init__(self, turn: Turn, calls: dict[int, Turn], *more: dict[int, Turn]) -> None:
-        self.turn, self.calls, self.thread = turn, (calls, *more), get_ident()
-        calls[self.thread] = turn
+        self.turn, self.undo = turn, partial(_end, turn, get_ident(), (calls, *more))
+        # not __del__, which runs after each call and would swallow an interrupt
+        self.dropped = weakref.finalize(self, self.undo)
+        calls[get_ident()] = turn
 
     def leave(self) -> None:
-        for calls in self.calls:
-            if calls.get(self.thread) is self.turn:
-                calls.pop(self.thread, None)
+        self.undo()
+        self.dropped.detach()
 
-    __del__ = leave
+
+def _end(turn: Turn, thread: int, every: tuple[dict[int, Turn], ...]) -> None:
+    for calls in every:
+        if calls.get(thread) is turn:
+            calls.pop(thread, None)
 
 
 class _Around:

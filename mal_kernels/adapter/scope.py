@@ -76,10 +76,14 @@ class Opening:
         _refuse_generators(frame)
         outer = self.scopes.innermost()
         inherited = next(scope for scope in outer.chain() if scope.is_open)
-        self.scope = replace(inherited, outer=outer, held_by=self if by_hand else None, **self.says)
+        held_by = self if by_hand else None
+        scope = replace(inherited, outer=outer, held_by=held_by, **self.says)
+        # not __del__, which runs after each block and would swallow an interrupt
+        self.dropped = weakref.finalize(self, self.scopes.close, scope, self.register)
+        self.scope = scope
         if self.register is not None:
-            self.register[self.scope] = os.getpid()
-        _SCOPES.set({**_SCOPES.get(), self.scopes: self.scope})
+            self.register[scope] = os.getpid()
+        _SCOPES.set({**_SCOPES.get(), self.scopes: scope})
 
     def __exit__(self, *_: object) -> None:
         if self.scope is None:  # looked up after somebody entered by hand
@@ -88,15 +92,9 @@ class Opening:
 
     def leave(self) -> None:
         """Closes the scope, and takes it out of the thread or task that opened it."""
-        scope = self.scope
-        if scope is None:
-            return
-        scope.is_open, scope.held_by = False, None
-        if self.register is not None:
-            self.register.pop(scope, None)
-        self.scopes.remove(scope)
-
-    __del__ = leave
+        if self.scope is not None:
+            self.scopes.close(self.scope, self.register)
+            self.dropped.detach()
 
 
 class Scopes:
@@ -139,8 +137,11 @@ class Scopes:
         """A scope inside the current one, to be opened, and listed in ``register`` until left."""
         return Opening(self, says, register)
 
-    def remove(self, scope: Scope) -> None:
-        """Goes back to what was before ``scope`` in this thread or task, if it is there."""
+    def close(self, scope: Scope, register: dict[Scope, int] | None) -> None:
+        """Closes ``scope``, and goes back to what was before it, if this is its thread or task."""
+        scope.is_open, scope.held_by = False, None
+        if register is not None:
+            register.pop(scope, None)
         innermost = self.innermost()
         for inner in innermost.chain():  # left in another order than entered
             if inner.outer is scope:

@@ -1,13 +1,15 @@
-"""The report on a turn: what was heard, read and written, in numbers."""
+"""The report on a turn: what was heard, read and written, in numbers and not in embeddings."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 NAN = float("nan")
+GATES = ("lr", "momentum", "decay")
 
 
 class Gates(Protocol):
@@ -20,7 +22,7 @@ class Gates(Protocol):
 
 
 class TurnReport:
-    """What the last turn did: ``mal.last_turn``. Figures are computed when they are asked for.
+    """What the last turn did: ``mal.last_turn``, in figures that are computed when it ends.
 
     Attributes:
         rows: dialogues in the batch.
@@ -40,18 +42,61 @@ class TurnReport:
 
     def __init__(self, rows: int, memory: Gates) -> None:
         self.rows, self.skipped_by_row, self._memory = rows, [0] * rows, memory
-        self._before: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, Dm] of each new clip
-        self._after: list[list[Tensor]] = [[] for _ in range(rows)]
-        self._surprise: list[list[Tensor]] = [[] for _ in range(rows)]  # [T, H] of each write
+        self._tokens = [0] * rows
+        # until the turn ends: row, and [T, Dm] before and after the read, of each new clip; row,
+        # and [T, H], of each write
+        self._heard: list[tuple[int, Tensor, Tensor]] = []
+        self._written: list[tuple[int, Tensor]] = []
+        # [rows] or [rows, H], on the device of the host
+        self._means = {"surprise": torch.full((rows,), NAN), "ratio": torch.full((rows,), NAN)}
+        self._means |= {name: torch.full((rows, memory.heads), NAN) for name in GATES}
 
     def heard(self, row: int, before: Tensor, after: Tensor) -> None:
         """Adds the tokens of a new clip, before and after the read."""
-        self._before[row].append(before.detach())
-        self._after[row].append(after.detach())
+        self._tokens[row] += len(before)
+        self._heard.append((row, before.detach(), after.detach()))
 
     def wrote(self, row: int, surprise: Tensor) -> None:
         """Adds a write to the memory that ``row`` reads."""
-        self._surprise[row].append(surprise.detach())
+        self._written.append((row, surprise.detach()))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Computes the figures, and lets go of what was heard.
+
+        They stay where they are until somebody asks: to fetch them here would wait for the GPU.
+        """
+        if self._written:
+            rows, writes = zip(*self._written, strict=True)
+            surprise = torch.cat(writes).mean(1)
+            row_of = _each(rows, list(map(len, writes)), surprise)
+            self._means["surprise"] = self._mean(surprise, row_of)
+        if self._heard:
+            rows, before, after = zip(*self._heard, strict=True)
+            lengths = list(map(len, before))
+            self._gates(rows, lengths, torch.cat(before))
+            x, y = torch.cat(before).float(), torch.cat(after).float()
+            row_of = _each(rows, lengths, x)
+            added, there = (self._mean(z.square().sum(1), row_of) for z in (y - x, x))
+            self._means["ratio"] = (added / there).sqrt()
+        self._heard, self._written = [], []
+        del self._memory
+
+    def _gates(self, rows: Sequence[int], lengths: list[int], tokens: Tensor) -> None:
+        """``tokens`` ``[N, Dm]`` of all clips, of so many tokens each."""
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(tokens.device, non_blocking=True)
+        lr, *rest = self._memory.rates(tokens, ends)
+        clip_of = _each(range(len(rows)), lengths, tokens)
+        lr = lr.new_zeros(len(rows), lr.shape[1]).index_add(0, clip_of, lr)
+        row_of = _each(rows, [1] * len(rows), tokens)
+        for name, rate in zip(GATES, (lr, *rest), strict=True):
+            self._means[name] = self._mean(rate, row_of)
+
+    def _mean(self, x: Tensor, row_of: Tensor) -> Tensor:
+        """The mean in each row of ``x`` ``[N, ...]``, NaN where there is none."""
+        sums, counts = x.new_zeros(self.rows, *x.shape[1:]), x.new_zeros(self.rows)
+        counts = counts.index_add(0, row_of, x.new_ones(len(x)))
+        return sums.index_add(0, row_of, x) / counts.view(-1, *[1] * (x.dim() - 1))
 
     @property
     def skipped(self) -> int:
@@ -61,12 +106,12 @@ class TurnReport:
     @property
     def tokens(self) -> list[int]:
         """New audio tokens of each dialogue."""
-        return [sum(map(len, clips)) for clips in self._before]
+        return list(self._tokens)
 
     @property
     def surprise(self) -> Tensor:
         """``[rows]``: mean of ``‖M(k) − v‖²`` over what was written, NaN where nothing was."""
-        return torch.tensor([float(torch.cat(x).mean()) if x else NAN for x in self._surprise])
+        return self._means["surprise"].cpu()
 
     @property
     def rates(self) -> dict[str, Tensor]:
@@ -75,24 +120,15 @@ class TurnReport:
         ``lr`` is the mean write rate of a token before the division by the tokens of its turn,
         ``momentum`` and ``decay`` are those of the turn.
         """
-        names = ("lr", "momentum", "decay")
-        rates = {name: torch.full((self.rows, self._memory.heads), NAN) for name in names}
-        with torch.no_grad():
-            for row, clips in enumerate(self._before):
-                ends = torch.tensor([0, *map(len, clips)]).cumsum(0)
-                if clips:
-                    tokens = torch.cat(clips)
-                    lr, *rest = self._memory.rates(tokens, ends.to(tokens.device))
-                    for name, rate in zip(names, (lr.sum(0) / len(clips), *rest), strict=True):
-                        rates[name][row] = rate.reshape(-1, self._memory.heads).mean(0)
-        return rates
+        return {name: self._means[name].cpu() for name in GATES}
 
     @property
     def residual_ratio(self) -> Tensor:
         """``[rows]``: norm of the residual over that of the tokens it is added to, or NaN."""
-        ratios = torch.full((self.rows,), NAN)
-        for row in range(self.rows):
-            if self._before[row]:
-                before, after = (torch.cat(x[row]).float() for x in (self._before, self._after))
-                ratios[row] = (after - before).norm() / before.norm()
-        return ratios
+        return self._means["ratio"].cpu()
+
+
+def _each(owners: Sequence[int], lengths: Sequence[int], like: Tensor) -> Tensor:
+    """The owner of each of so many tokens, without waiting for the device of ``like``."""
+    owner_of = torch.tensor(owners).repeat_interleave(torch.tensor(lengths))
+    return owner_of.to(like.device, non_blocking=True)

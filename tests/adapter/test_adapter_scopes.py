@@ -1,0 +1,164 @@
+"""A call is a turn of its own dialogue or is refused; what ends or fails leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+from contextvars import copy_context
+
+import pytest
+import torch
+
+from mal_kernels.adapter import scope as scopes
+from mal_kernels.errors import ArgumentError, HostError
+from mal_kernels.testing import tiny_host, tiny_inputs
+from tests.support.adapters import attached
+
+
+def turns(mal, *names):
+    return [len(mal.dialogues.latest(name).clips) for name in names]
+
+
+def assert_nothing_is_left(mal):
+    hooks = mal._attachment.hooks
+    assert not scopes._SCOPES.get()
+    assert not mal._scopes.dialogues
+    assert not hooks._in_forward
+    assert not hooks._in_generate
+
+
+def test_the_owner_travels_with_the_call(host):
+    mal, x = attached(host), tiny_inputs(host, [[5]])
+
+    def stream(name):
+        for seed in range(2):
+            mal.dialogue(name)(**tiny_inputs(host, [[5]], seed=seed))
+            yield
+
+    for _ in zip(stream("a"), stream("b"), strict=True):
+        pass
+    with mal.dialogue("ambient"):
+        thread = threading.Thread(target=mal.dialogue("c").generate, kwargs=x)
+        thread.start()
+        thread.join()
+    assert turns(mal, "a", "b", "c", "ambient") == [2, 2, 1, 0]
+    assert_nothing_is_left(mal)
+
+
+def test_a_generator_may_not_open_a_dialogue(host):
+    mal = attached(host)
+
+    def stream():
+        with mal.dialogue("a"):
+            yield
+
+    with pytest.raises(ArgumentError, match=r"generator stream\(\) .* dialogue.generate"):
+        next(stream())
+    assert_nothing_is_left(mal)
+
+
+def test_a_closed_dialogue_gets_no_turn(host):
+    mal, x = attached(host), tiny_inputs(host, [[5]])
+    with mal.dialogue("a"):
+        context = copy_context()
+    with pytest.raises(ArgumentError, match=r"dialogue\(\['a'\]\), which has ended"):
+        context.run(host, **x)
+    one, two = mal.dialogue("a"), mal.dialogue("b")
+    one.__enter__(), two.__enter__()
+    one.__exit__(None, None, None), two.__exit__(None, None, None)
+    host(**x)
+    assert turns(mal, "a", "b") == [0, 0]
+    assert_nothing_is_left(mal)
+
+
+def test_another_dialogue_inside_a_turn_is_refused(host):
+    mal, x = attached(host), tiny_inputs(host, [[5]])
+    handle = host.lm_head.register_forward_hook(lambda *_: mal.dialogue("b").generate(**x))
+    with pytest.raises(ArgumentError, match=r"\['b'\] inside a turn of \['a'\]"):
+        mal.dialogue("a").generate(**x)
+    handle.remove()
+    assert turns(mal, "a", "b") == [0, 0]
+    assert_nothing_is_left(mal)
+
+
+def interrupted_at(line: int, function) -> bool:
+    """Whether ``function`` reached that many lines of the adapter, where it was interrupted."""
+    count = 0
+
+    def local(_frame, event, _arg):
+        nonlocal count
+        count += event == "line"
+        if count == line and event == "line":
+            raise KeyboardInterrupt
+        return local
+
+    sys.settrace(lambda f, *_: local if "mal_kernels/adapter/" in f.f_code.co_filename else None)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return count >= line
+
+
+# an embeds decoder, an encoder, a projector
+@pytest.mark.parametrize("name", ["qwen2_audio", "whisper", "ultravox"])
+@pytest.mark.parametrize("method", ["__call__", "generate"])
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupt_at_any_line_leaves_nothing(name, method, step):
+    host = tiny_host(name)
+    mal, x = attached(host), tiny_inputs(host, [[5]])
+    more = {"max_new_tokens": 1} if method == "generate" else {}
+
+    @torch.no_grad()
+    def turn():
+        with mal.dialogue("a"):
+            getattr(host, method)(**x, **more)
+
+    line = 3
+    while interrupted_at(line, turn):
+        assert_nothing_is_left(mal)
+        line += step
+    assert line > 3
+    turn()
+    assert turns(mal, "a") == [1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_no_adapter(host, copied):
+    mal, x = attached(host), tiny_inputs(host, [[5]])
+    twin = copied(host)
+    torch.nn.Module.requires_grad_(twin, False)
+    for parameter in twin.parameters():
+        parameter.zero_()
+    out = twin.generate(**x, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    assert not out.logits[0].any()
+    assert not twin(**x).logits.any()
+    other = copied(mal)
+    with pytest.raises(HostError, match="not attached"):
+        other.detach()
+    other.attach(twin)
+    mal.dialogue("a").generate(**x)
+    assert turns(mal, "a") == [1]
+
+
+def test_detach_during_a_turn_is_refused(host):
+    mal, x = attached(host), tiny_inputs(host, [[5]])
+    handle = host.lm_head.register_forward_hook(lambda *_: mal.detach())
+    with pytest.raises(HostError, match="under way"):
+        mal.dialogue("a").generate(**x)
+    handle.remove()
+    assert_nothing_is_left(mal)
+
+
+def test_a_report_holds_no_embeddings(host):
+    mal = attached(host)
+    mal.dialogue("a").generate(**tiny_inputs(host, [[5]]))
+    held = [t for x in vars(mal.last_turn).values() if isinstance(x, dict) for t in x.values()]
+    assert max(t.numel() for t in held) <= mal.config.heads
+    assert not mal.last_turn._heard
+    assert not mal.last_turn._written
+    assert mal.last_turn.residual_ratio.isfinite().all()
