@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -177,6 +179,16 @@ class NeuralMemory(nn.Module):
             **self._options(),
         )
         return self.to_out(y.flatten(2).to(x.dtype) * F.silu(self.to_gate(x))), state
+
+    @cached_property
+    def clip_key(self) -> bytes:
+        """The key of the fingerprints of clips: a digest of the gates' weights when first asked.
+
+        It is the same in every process that has the same weights, and known to nobody who has not.
+        Training does not change it while the process lives.
+        """
+        weights = self.to_rates.weight.detach().float().cpu().numpy().astype("<f4", copy=False)
+        return hashlib.blake2b(weights.tobytes(), digest_size=32).digest()
 
     def read(
         self, hidden: Tensor, token_index: Tensor, state_index: Tensor, state: MemoryState

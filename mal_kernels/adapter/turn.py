@@ -87,15 +87,23 @@ class Turn:
                 f"call has a batch of {batch} rows; open dialogue() with one id per row."
             )
         compared = self.dialogue is not None or shape[0] != batch
-        rows = host.clips(inputs, fingerprints=compared, mask=mask)
         self.repeats = max(1, shape[0] // batch)
+        if host.spec.streaming and self.repeats > 1:
+            raise HostError(
+                "beams and num_return_sequences part the rows of a streaming host, of which each "
+                "is given all that is generated; use num_beams=1 and num_return_sequences=1."
+            )
+        rows = host.clips(inputs, fingerprints=compared, mask=mask, key=self.memory.clip_key)
         clips = rows[:: self.repeats]
-        if rows != [clips[r // self.repeats] for r in range(self.repeats * batch)]:
+        if len(rows) != self.repeats * batch or (
+            self.repeats > 1
+            and not all(_same(row, clips[r // self.repeats]) for r, row in enumerate(rows))
+        ):
             raise HostError(
                 f"the host sees {shape[0]} rows for a batch of {batch}, and not the same audio in "
-                "each copy of a row: transformers repeats audio inputs clip by clip, which mixes "
-                "up several clips of one prompt. Use num_beams=1 and num_return_sequences=1, or "
-                "one clip per prompt."
+                "each copy of a row, or it cannot be told: transformers repeats audio inputs clip "
+                "by clip and window by window, which mixes up several of one prompt. Use "
+                "num_beams=1 and num_return_sequences=1, or one short clip per prompt."
             )
         if host.spec.streaming and self.clip_rounds:
             self._continue_clips(clips)
@@ -146,11 +154,6 @@ class Turn:
 
     def _continue_clips(self, clips: list[list[Clip]]) -> None:
         """The next positions of the clips of a streaming host."""
-        if self.repeats > 1:
-            raise HostError(
-                "beams and num_return_sequences part the rows of a streaming host, of which each "
-                "is given all that is generated; use num_beams=1 and num_return_sequences=1."
-            )
         self.clip_rounds = [[ClipRead(r, clip, True, True) for r, (clip,) in enumerate(clips)]]
 
     def inject(self, hidden: Tensor) -> Tensor:
@@ -288,6 +291,11 @@ class Turn:
         """The tokens ``[T, Dm]`` of each clip, from the first copy of its row."""
         tokens = self._clips([(x, 0, x.row) for x in clips], hidden).tokens(hidden)
         return tokens.split([x.length for x in clips])
+
+
+def _same(clips: Sequence[Clip], others: Sequence[Clip]) -> bool:
+    """Whether two rows are known to hold the same clips; that of one missing mark is not known."""
+    return len(clips) == len(others) and all(a.same(b) for a, b in zip(clips, others, strict=True))
 
 
 def _rows(state: MemoryState) -> list[MemoryState]:

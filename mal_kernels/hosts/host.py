@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HostError
-from .clips import Clip, fingerprint, runs_of
+from .clips import Clip, Frames, hash_frames, join, runs_of, windows_of
 from .spec import HostSpec, layers_of, spec_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by place, and by name
@@ -151,7 +151,8 @@ class Host:
     ) -> tuple[dict[str, Any], Tensor]:
         """What an encoder returned, as a prompt ``[R, T]`` with the mask of its audio positions.
 
-        ``inputs`` are the arguments of the call of the model.
+        ``inputs`` are the arguments of the call of the model, which stand in the prompt as
+        ``heard``: a clip is known again by what the encoder was given.
         """
         hidden = output if isinstance(output, Tensor) else output[0]
         mask = getattr(output, "attention_mask", None)
@@ -159,7 +160,7 @@ class Host:
             mask = self.spec.encoder_mask(self.model, hidden, inputs)
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        return {"inputs_embeds": hidden}, mask.bool()
+        return {"inputs_embeds": hidden, "heard": inputs}, mask.bool()
 
     def arguments(
         self,
@@ -233,7 +234,12 @@ class Host:
         return mask.repeat_interleave(shape[0] // len(mask), 0)
 
     def clips(
-        self, inputs: Mapping[str, Any], *, fingerprints: bool, mask: Tensor | None = None
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        fingerprints: bool,
+        mask: Tensor | None = None,
+        key: bytes = b"",
     ) -> list[list[Clip]]:
         """The audio clips of every row of one call ``[R, S]``, in order of position.
 
@@ -243,6 +249,7 @@ class Host:
             inputs: arguments of the call.
             fingerprints: whether to hash the audio of each clip.
             mask: which positions are audio, if not those of the audio token.
+            key: of the hash.
 
         Raises:
             HostError: one placeholder per clip instead of one per audio token, or as :meth:`audio`.
@@ -254,21 +261,43 @@ class Host:
                 "processor expand them to one placeholder per audio token."
             )
         prints: Sequence[int | None] = [None] * len(runs)
-        if fingerprints and mask is None and not self.spec.streaming:
-            features = self.spec.features(inputs, self.spec, [b - a for _, a, b in runs])
-            if len(features) == len(runs):
-                # clips of one length are hashed at once
-                stacks = [features] if isinstance(features, Tensor) else [x[None] for x in features]
-                prints = [mark for stack in stacks for mark in fingerprint(stack)]
-        elif fingerprints and inputs.get("inputs_embeds") is not None:
-            embeds = inputs["inputs_embeds"]
-            prints = [fingerprint(embeds[r : r + 1, a:b])[0] for r, a, b in runs]
+        parts = self._heard(inputs, runs, mask, key) if fingerprints and runs else None
+        if parts is not None:
+            prints = [join(entries, key) for entries in parts]
         shape = self.shape(inputs) or (0,)
         clips: list[list[Clip]] = [[] for _ in range(shape[0])]
         for (r, a, b), is_attended, mark in zip(runs, attended, prints, strict=True):
             if is_attended:
                 clips[r].append(Clip(a, b, mark))
         return clips
+
+    def _heard(
+        self,
+        inputs: Mapping[str, Any],
+        runs: Sequence[tuple[int, int, int]],
+        mask: Tensor | None,
+        key: bytes,
+    ) -> Sequence[Sequence[Frames]] | None:
+        """The hashed frames of each of ``runs``, or ``None`` where they cannot be told apart."""
+        spec, embeds = self.spec, inputs.get("inputs_embeds")
+        if spec.encoder or (mask is None and not spec.streaming):
+            heard = inputs.get("heard", inputs)
+            name = spec.audio_inputs[0]
+            if heard.get(name) is None:  # generate may be given it by place
+                heard = {**heard, name: heard.get("inputs")}
+            features = spec.features(heard, spec, [b - a for _, a, b in runs])
+            if isinstance(features, Tensor):
+                shown = spec.mask(heard, spec, features)
+                entries = hash_frames(features, shown, time=spec.time, key=key)
+                return windows_of(entries, [b - a for _, a, b in runs])
+            pieces = [hash_frames(x[None], key=key) for x in features or ()]
+            return pieces if len(pieces) == len(runs) else None
+        if embeds is None:
+            return None
+        # of all clips at once, which costs one transfer from the device
+        spoken = torch.cat([embeds[r, a:b] for r, a, b in runs])[None]
+        (frames,) = hash_frames(spoken, time=1, key=key)
+        return [[part] for part in frames.split([b - a for _, a, b in runs])]
 
 
 def _look_up(config: Any, path: str) -> Any:

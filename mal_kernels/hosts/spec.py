@@ -73,6 +73,27 @@ def one_per_clip(inputs: Mapping[str, Any], spec: HostSpec, tokens: Sequence[int
     return cast(Sequence[Any], inputs[spec.audio_inputs[0]])
 
 
+# arguments that say which frames or samples of the audio are no padding
+MASKS = (
+    *("feature_attention_mask", "input_features_mask", "audio_attention_mask", "audio_x_mask"),
+    *("input_values_mask", "audio_input_ids_mask", "padding_mask"),
+)
+
+
+def named_mask(inputs: Mapping[str, Any], spec: HostSpec, features: Tensor) -> Tensor | None:
+    """The argument that is called as masks of audio are; of an encoder also ``attention_mask``."""
+    names = (*MASKS, "attention_mask") if spec.encoder else MASKS
+    found = (inputs.get(name) for name in names)
+    is_mask = (x for x in found if isinstance(x, Tensor) and x.dim() == 2)
+    return next((mask for mask in is_mask if len(mask) == len(features)), None)
+
+
+def mask_of_samples(inputs: Mapping[str, Any], spec: HostSpec, features: Tensor) -> Tensor | None:
+    """``chunk_sample_lengths`` ``[N]`` of dots3, in frames of 160 samples."""
+    frames = -(-inputs["chunk_sample_lengths"].to(features.device) // 160)
+    return torch.arange(features.shape[-1], device=features.device) < frames[:, None]
+
+
 def cut_at_samples(
     inputs: Mapping[str, Any], spec: HostSpec, tokens: Sequence[int]
 ) -> Sequence[Any]:
@@ -151,7 +172,11 @@ class HostSpec:
         min_clip_tokens: a prompt in which all clips are shorter is taken for one that the processor
             did not expand.
         features: returns the audio of each clip, in order, from the arguments of a call, the
-            spec and the number of tokens of each clip.
+            spec and the number of tokens of each clip. A clip that is longer than a window may be
+            in several entries.
+        mask: returns which frames ``[N, frames]`` of a tensor of features are not padding, or
+            ``None`` for all, from the arguments of a call, the spec and the features.
+        time: the dimension of those features in which their frames are.
         width: path, inside the model, of the width of a site that has no ``config``.
         recognise: tells whether a model is this host, if its ``model_type`` does not.
 
@@ -174,6 +199,8 @@ class HostSpec:
     last_layer: Callable[[nn.Module], int] = last_effective_layer
     min_clip_tokens: int = 2
     features: Callable[[Mapping[str, Any], HostSpec, Sequence[int]], Sequence[Any]] = one_per_clip
+    mask: Callable[[Mapping[str, Any], HostSpec, Tensor], Tensor | None] = named_mask
+    time: int = 2
     width: str | None = None
     recognise: Callable[[nn.Module], bool] | None = None
 

@@ -194,7 +194,7 @@ def test_clips_are_runs_of_audio_tokens(side):
             heard[clip.start : clip.stop] = True
         assert torch.equal(heard, inputs["input_ids"][row] == model.config.audio_token_id)
     marks = [clip.fingerprint for row in found for clip in row]
-    assert marks == fingerprint(inputs["input_features"])
+    assert marks == fingerprint(inputs["input_features"], inputs["feature_attention_mask"])
     assert len(set(marks)) == 3
 
 
@@ -221,7 +221,8 @@ def test_masked_clips_are_not_heard_also_with_a_cache():
     inputs["attention_mask"][0] = 0
     found = Host.of(model).clips(inputs, fingerprints=True)
     assert [len(row) for row in found] == [0, 1]
-    assert found[1][0].fingerprint == fingerprint(inputs["input_features"])[1]
+    marks = fingerprint(inputs["input_features"], inputs["feature_attention_mask"])
+    assert found[1][0].fingerprint == marks[1]
     past = torch.ones(2, 9, dtype=torch.long)
     inputs["attention_mask"] = torch.cat([past, inputs["attention_mask"]], 1)
     assert Host.of(model).clips(inputs, fingerprints=True) == found
@@ -456,5 +457,8 @@ def test_fingerprint_sees_every_word_and_only_its_own_clip(dtype):
 
 def test_fingerprint_is_part_of_the_file_format():
     # saved dialogues hold these numbers: a change would write clips again that are known
-    marks = fingerprint(torch.arange(6, dtype=torch.float32).view(2, 3))
-    assert marks == [-2996025758654136320, -1114353331454607360]
+    waves = torch.arange(6, dtype=torch.float32).view(2, 3)
+    assert fingerprint(waves) == [7591935847082408225, 6755630723010580507]
+    frames = torch.arange(24, dtype=torch.float32).view(2, 4, 3)
+    marks = fingerprint(frames, torch.tensor([[1, 1, 0], [1, 1, 1]]), key=b"key")
+    assert marks == [-4865714824108103522, 6123487497203897873]
