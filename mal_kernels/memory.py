@@ -18,6 +18,7 @@ from .call import chunk_counts, n_chunks
 from .config import check_start
 from .network import RMS_NORM_EPS
 from .ops import MemoryUpdate, ReadParams
+from .ops._check import check_bounds, check_cu_seqlens, expect, is_float
 from .state import MemoryState
 
 
@@ -144,28 +145,58 @@ class NeuralMemory(nn.Module):
         return MemoryState.from_weights(weights)
 
     def forward(
-        self, hidden: Tensor, state: MemoryState | None = None
+        self,
+        hidden: Tensor,
+        state: MemoryState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """The causal layer.
 
+        Padding is neither read nor written: each row of a padded batch is that row alone.
+
         Args:
             hidden: ``[B, T, Dm]``.
-            state: ``B`` rows from an earlier call; None starts at the learned initial memory.
+            state: one row per sequence, from an earlier call; None starts at the learned initial
+                memory.
+            lengths: ``[B]`` int64, tokens of each row that count; what follows them is padding,
+                whose output is zero.
+            cu_seqlens: ``[N + 1]`` int64, where each of ``N`` sequences begins and ends in
+                ``hidden`` ``[1, T, Dm]``.
 
         Returns:
             ``[B, T, Dm]``, to be added to ``hidden`` (it is not yet), and the next state.
+
+        Raises:
+            ArgumentError: ``hidden`` is not as wide as the layer, or lengths do not fit it.
         """
-        batch, tokens = hidden.shape[:2]
-        if state is None:
-            state = self.initial_state(batch)
-        size = self.chunk_size or max(tokens, 1)
-        per_row = n_chunks(tokens, self.chunk_size)
-        position = torch.arange(tokens, device=hidden.device)
-        row = torch.arange(batch, device=hidden.device).unsqueeze(1)
-        segment = (row * per_row + position // size).flatten()
+        width = len(self.norm)
+        fits = is_float(hidden) and hidden.dim() == 3 and hidden.shape[-1] == width
+        expect(fits, "hidden", hidden, f"floating point [B, T, {width}]")
+        if lengths is None:
+            check_cu_seqlens(cu_seqlens, hidden)
+            check_bounds(cu_seqlens, hidden.shape[1])
+            return self._causal(hidden, state, cu_seqlens)
+        lengths = _checked_lengths(lengths, cu_seqlens, hidden)
+        shown = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        ends = F.pad(lengths.cumsum(0), (1, 0))
+        y, state = self._causal(hidden[shown].unsqueeze(0), state, ends)
+        return y.new_zeros(hidden.shape).index_put((shown,), y.squeeze(0)), state
+
+    def _causal(
+        self, hidden: Tensor, state: MemoryState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, MemoryState]:
         x = self._normed(hidden)
-        rates = self._rates(x.flatten(0, 1), segment, batch * per_row)
-        lr, momentum, decay = (r.view(batch, -1, self.heads) for r in rates)
+        if cu_seqlens is None:
+            rows, (segment, chunks) = len(hidden), self._segments_of_rows(hidden)
+        else:
+            rows = len(cu_seqlens) - 1
+            segment, chunks = self._segments(hidden.shape[1], cu_seqlens)
+        if state is None:
+            state = self.initial_state(rows)
+        rates = self._rates(x.flatten(0, 1), segment, chunks)
+        lr, momentum, decay = (r.view(len(hidden), -1, self.heads) for r in rates)
         y, state, _ = ops.neural_memory(
             self._unit(self.to_q(x)),
             self._unit(self.to_k(x)),
@@ -174,8 +205,9 @@ class NeuralMemory(nn.Module):
             momentum,
             decay,
             state,
-            init=self.initial_state(batch).weights,
+            init=self.initial_state(rows).weights,
             chunk_size=self.chunk_size,
+            cu_seqlens=cu_seqlens,
             **self._options(),
         )
         return self.to_out(y.flatten(2).to(x.dtype) * F.silu(self.to_gate(x))), state
@@ -284,6 +316,15 @@ class NeuralMemory(nn.Module):
         chunks = chunk_counts(cu_seqlens.diff(), self.chunk_size)
         first = chunks.cumsum(0) - chunks
         return first[row] + (token - cu_seqlens[row]) // self.chunk_size, int(chunks.sum())
+
+    def _segments_of_rows(self, hidden: Tensor) -> tuple[Tensor, int]:
+        """The same for rows of one length, ``[B, T, Dm]``, whose numbers the CPU knows."""
+        batch, tokens = hidden.shape[:2]
+        size = self.chunk_size or max(tokens, 1)
+        per_row = n_chunks(tokens, self.chunk_size)
+        position = torch.arange(tokens, device=hidden.device)
+        row = torch.arange(batch, device=hidden.device).unsqueeze(1)
+        return (row * per_row + position // size).flatten(), batch * per_row
 
     def extra_repr(self) -> str:
         """What ``print(module)`` adds."""
@@ -404,6 +445,26 @@ def write_rows(
             return Written(_put(state, into, new.end_chunk()), surprise[0], kept)
         kept[kept.clone()] = bounded
     return Written(state, tokens.new_zeros(0, memory.heads), kept)
+
+
+def _checked_lengths(lengths: Tensor, cu_seqlens: Tensor | None, hidden: Tensor) -> Tensor:
+    """``lengths`` of the rows of ``hidden`` ``[B, T, Dm]``, or ArgumentError."""
+    batch, tokens = hidden.shape[:2]
+    expect(cu_seqlens is None, "lengths", "given with cu_seqlens", "one of them")
+    expect(
+        isinstance(lengths, Tensor)
+        and lengths.shape == (batch,)
+        and lengths.dtype in (torch.int32, torch.int64)
+        and lengths.device == hidden.device,
+        "lengths",
+        lengths,
+        f"int32 or int64 [{batch}] on {hidden.device}",
+    )
+    # the number of tokens has to be known here in any case
+    counts = lengths.tolist()
+    fit = all(0 <= n <= tokens for n in counts)
+    expect(fit, "lengths", str(counts)[:80], f"numbers from 0 to T = {tokens}")
+    return lengths.long()
 
 
 def _only(

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mal_kernels import ArgumentError, MALAdapter, MALConfig, MemoryState, NeuralMemory, ops
 from mal_kernels.errors import CheckpointError
@@ -70,6 +71,74 @@ def test_ragged_write_is_each_row_alone(kind):
         close(one.surprise, together.surprise[:, begin:end])
         close(one.state.weights[0][0], together.state.weights[0][row])
     assert torch.equal(together.state.weights[0][1], state.weights[0][1])  # the empty one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", [0.0, torch.nan])
+def test_each_row_of_a_padded_batch_is_the_row_alone(kind, padding):
+    memory = layer(**KINDS[kind])
+    lengths = torch.tensor([5, 0, 19, 8])
+    x, more = torch.randn(4, 19, 12), torch.randn(4, 3, 12)
+    hidden = x.masked_fill((torch.arange(19) >= lengths[:, None])[..., None], padding)
+    hidden.requires_grad_()
+    y, state = memory(hidden, lengths=lengths)
+    again, end = memory(more, state, lengths=torch.tensor([3, 3, 0, 2]))  # carried on
+    flat = torch.cat([x[row, :n] for row, n in enumerate(lengths.tolist())])[None]
+    packed, after = memory(flat, cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)))
+    for row, n in enumerate(lengths.tolist()):
+        alone, one = memory(x[row : row + 1, :n])
+        close(y[row, :n], alone[0])
+        assert not y[row, n:].any()
+        begin = int(lengths[:row].sum())
+        close(packed[0, begin : begin + n], alone[0])
+        close([w[row] for w in state.weights], [w[0] for w in one.weights])
+        close([w[row] for w in after.momentum], [w[0] for w in one.momentum])
+        m = [3, 3, 0, 2][row]
+        next_alone, last = memory(more[row : row + 1, :m], one)
+        close(again[row, :m], next_alone[0])
+        close([w[row] for w in end.weights], [w[0] for w in last.weights])
+    y.sum().backward()
+    assert hidden.grad[3].any()
+    assert not hidden.grad[0, 5:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_padding_under_autocast(dtype):
+    memory = layer(**KINDS["titans"])
+    x, lengths = torch.randn(2, 20, 12), torch.tensor([20, 7])
+    with torch.autocast("cpu", dtype):
+        y, state = memory(torch.nn.Linear(12, 12)(x), lengths=lengths)
+        loss = y.float().square().sum()
+    loss.backward()
+    assert state.weights[0].dtype == torch.float32
+    assert y.shape == x.shape
+    assert not y[1, 7:].any()
+    assert all(p.grad.isfinite().all() for p in memory.parameters())
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ((2, 5, 13), {}, r"hidden: got .*\[2, 5, 13\].* expected floating point \[B, T, 12\]"),
+        ((5, 12), {}, r"hidden: got .*expected floating point \[B, T, 12\]"),
+        ((2, 5, 12), {"lengths": torch.tensor([5])}, r"lengths: got .*expected .*\[2\]"),
+        ((2, 5, 12), {"lengths": torch.tensor([5.0, 1.0])}, "lengths: got torch.float32"),
+        ((2, 5, 12), {"lengths": [5, 1]}, "lengths: got list"),
+        ((2, 5, 12), {"lengths": torch.tensor([5, 6])}, r"lengths: got \[5, 6\].*from 0 to T = 5"),
+        ((2, 5, 12), {"lengths": torch.tensor([5, -1])}, r"lengths: got \[5, -1\]"),
+        ((2, 5, 12), {"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: got given with B = 2"),
+        ((1, 5, 12), {"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: got .* to T = 5"),
+        (
+            (1, 5, 12),
+            {"cu_seqlens": torch.tensor([0, 5]), "lengths": torch.tensor([5])},
+            "lengths: got given with cu_seqlens, expected one of them",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_layer_is_named(shape, options, words):
+    memory = layer()
+    with pytest.raises(ArgumentError, match=words):
+        memory(torch.randn(shape), **options)
 
 
 def test_a_turn_writes_the_mean_of_its_tokens():
