@@ -185,7 +185,12 @@ class MALAdapter(nn.Module):
     # --- dialogues --------------------------------------------------------------------------------
 
     def dialogue(
-        self, ids: str | Sequence[str], speaker: str | Sequence[str | None] | None = None
+        self,
+        ids: str | Sequence[str],
+        speaker: str | Sequence[str | None] | None = None,
+        *,
+        turn_id: str | Sequence[str | None] | None = None,
+        remember_again: bool = False,
     ) -> Dialogue:
         """A dialogue through which the host is called, or inside of which it is.
 
@@ -199,6 +204,12 @@ class MALAdapter(nn.Module):
             speaker: who speaks, or one per row. A speaker has a memory of their own in the
                 dialogue, which their turns read; turns write it and the one that all share. With
                 ``None`` a turn reads and writes the shared one.
+            turn_id: name of the turn, or one per row, that no other turn of the dialogue has. A
+                turn whose name was written before is a retry, whatever came between: it is not
+                written, and reads what the first one read while that can be undone, in this
+                process, or else what is remembered now. One that is new is written, also if it
+                sounds as the last one did.
+            remember_again: whether clips that repeat the last ones are written again.
 
         ``dialogue.generate(...)`` and ``dialogue(...)`` are turns of that dialogue wherever they
         run. Servers, generators and callbacks use these.
@@ -212,7 +223,14 @@ class MALAdapter(nn.Module):
         Raises:
             ArgumentError: see :class:`Dialogue`.
         """
-        return Dialogue(self.dialogues, ids, speaker, scopes=self._scopes)
+        return Dialogue(
+            self.dialogues,
+            ids,
+            speaker,
+            turn_id=turn_id,
+            remember_again=remember_again,
+            scopes=self._scopes,
+        )
 
     def audio_mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """Within this context, calls of the host have audio at the positions ``mask`` ``[B, S]``.

@@ -5,6 +5,7 @@ What is remembered does not change before the last statement of :meth:`Turn.comm
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ from torch import Tensor
 from ..dialogues import Dialogue, TurnReport
 from ..dialogues.snapshot import EMPTY, Snapshot
 from ..errors import ArgumentError, HostError
-from ..hosts import Clip, Host, placed
+from ..hosts import Clip, Host, placed, turn_mark
 from ..memory import Clips, NeuralMemory, Written, recall, write_rows
 from ..state import MemoryState
+
+log = logging.getLogger("mal_kernels")
 
 
 class ClipRead(NamedTuple):
@@ -139,10 +142,14 @@ class Turn:
         self.slots: list[tuple[int, str | None]] = [*enumerate(speakers), *shared]
         self.clip_rounds = [[]]
         self.new_fingerprints: list[tuple[int | None, ...]] = []
-        for row, (clips_of_row, past) in enumerate(zip(clips, self.past, strict=True)):
+        self.report, self.pending = TurnReport(batch, self.memory), list[tuple[int, Tensor]]()
+        self._look_up_names(batch)
+        for row, clips_of_row in enumerate(clips):
             fingerprints = tuple(clip.fingerprint for clip in clips_of_row)
-            known = past.resent(fingerprints)
-            self.new_fingerprints.append(fingerprints[known:])
+            known = self._known(row, fingerprints)
+            retried = row in self.retried
+            self.new_fingerprints.append(() if retried else fingerprints[known:])
+            self.report.resent[row] = len(fingerprints) if retried else known
             for j, clip in enumerate(clips_of_row):
                 # clips of earlier turns read what is remembered now, with the first new one
                 turn = max(0, j - known)
@@ -150,7 +157,37 @@ class Turn:
                 self.clip_rounds[turn].append(
                     ClipRead(row, clip, j >= known, j + 1 == len(clips_of_row))
                 )
-        self.report, self.pending = TurnReport(batch, self.memory), list[tuple[int, Tensor]]()
+        if any(self.report.resent) and self.dialogue:
+            log.info(
+                "%d clips were sent again and are not written to dialogues %s",
+                sum(self.report.resent),
+                [x for x, n in zip(self.dialogue.ids, self.report.resent, strict=True) if n],
+            )
+
+    def _look_up_names(self, batch: int) -> None:
+        """The turn looks up which rows are turns that were written before, and what those read."""
+        self.marks: list[int | None] = [None] * batch
+        self.retried: dict[int, Snapshot | None] = {}  # None: not kept any more
+        self.read = list(self.past)
+        if self.dialogue is None:
+            return
+        rows = zip(self.dialogue.ids, self.dialogue.turn_ids, self.past, strict=True)
+        for row, (dialogue, name, past) in enumerate(rows):
+            mark = None if name is None else turn_mark(name, self.memory.clip_key)
+            self.marks[row] = mark
+            if mark is not None and mark in past.named:
+                before = self.retried[row] = self.dialogue.store.before(dialogue, mark)
+                self.read[row] = before or past
+
+    def _known(self, row: int, fingerprints: tuple[int | None, ...]) -> int:
+        """How many of the first clips of a row were written in earlier turns."""
+        if row in self.retried and self.retried[row] is None:
+            return len(fingerprints)
+        if self.dialogue is not None and self.dialogue.remember_again:
+            return 0
+        # the last clip of a turn with a name is that turn, whatever it sounds like
+        context = fingerprints if self.marks[row] is None else fingerprints[:-1]
+        return self.read[row].resent(context)
 
     def _continue_clips(self, clips: list[list[Clip]]) -> None:
         """The next positions of the clips of a streaming host."""
@@ -200,6 +237,8 @@ class Turn:
             self.state = self._reported(written, [(slot, x.length) for x, _, slot in writes])
             tokens = (self._tokens(new, x) for x in (original, hidden))
             for x, before, after in zip(new, *tokens, strict=True):
+                if x.row in self.retried:
+                    continue
                 self.report.heard(x.row, before, after)
                 if x.last:
                     self.pending.append((x.row, before))
@@ -224,20 +263,28 @@ class Turn:
         if self.dialogue is not None and self.pending:
             snapshots = self._snapshots(self.dialogue, self._write_last())
             past = dict(zip(self.dialogue.ids, self.past, strict=True))
-            self.dialogue.store.commit(snapshots, past)
+            self.dialogue.store.commit(snapshots, {name: past[name] for name in snapshots})
         return self.report
 
     def _snapshots(self, dialogue: Dialogue, state: MemoryState) -> dict[str, Snapshot]:
-        """Every dialogue of the batch after the turn, so that undo takes back one turn of each."""
+        """Every dialogue of the batch after the turn, so that undo takes back one turn of each.
+
+        Without those in which it was written before.
+        """
         states = _rows(state)
         snapshots = {}
-        for row, (name, past, fingerprints) in enumerate(
-            zip(dialogue.ids, self.past, self.new_fingerprints, strict=True)
+        for row, (name, past, fingerprints, mark) in enumerate(
+            zip(dialogue.ids, self.past, self.new_fingerprints, self.marks, strict=True)
         ):
+            if row in self.retried:
+                continue
             slots = self._slots_of(row) if fingerprints else []
             # a copy, that does not keep the states of the whole batch alive
             written = {self.slots[slot][1]: states[slot].map(torch.clone) for slot in slots}
-            snapshots[name] = Snapshot({**past.states, **written}, past.clips + fingerprints)
+            named = past.named if mark is None or not fingerprints else (*past.named, mark)
+            snapshots[name] = Snapshot(
+                {**past.states, **written}, past.clips + fingerprints, named=named
+            )
         return snapshots
 
     def _slots_of(self, row: int) -> list[int]:
@@ -247,7 +294,7 @@ class Turn:
         """One row per slot."""
         if self.dialogue is None:
             return self.memory.initial_state(len(self.slots)).to(device)
-        keys = [(self.past[row], speaker) for row, speaker in self.slots]
+        keys = [(self.read[row], speaker) for row, speaker in self.slots]
         return self.dialogue.store.rows(keys, device)
 
     def _write_last(self) -> MemoryState:
@@ -272,7 +319,7 @@ class Turn:
         kept = [write for write, ok in zip(writes, flags, strict=True) if ok]
         surprise = written.surprise.split([length for _, length in kept])
         for (slot, _), of_slot in zip(kept, surprise, strict=True):
-            if slot < self.report.rows:
+            if slot < self.report.rows and slot not in self.retried:
                 self.report.wrote(slot, of_slot)
         for (slot, _), ok in zip(writes, flags, strict=True):
             self.report.skipped_by_row[self.slots[slot][0]] += not ok

@@ -53,6 +53,8 @@ class Dialogue:
         store: where the states are kept.
         ids: id of each dialogue.
         speaker: who speaks; one name for all rows, or one per row; ``None`` where it is not known.
+        turn_id: name of the turn; one for all rows, or one per row; ``None`` where it has none.
+        remember_again: whether clips are written that were written before.
         scopes: of the adapter whose host it calls.
 
     Attributes:
@@ -80,15 +82,16 @@ class Dialogue:
         ids: str | Sequence[str],
         speaker: str | Sequence[str | None] | None = None,
         *,
+        turn_id: str | Sequence[str | None] | None = None,
+        remember_again: bool = False,
         scopes: Scopes,
     ) -> None:
         self.store, self._scopes = store, scopes
+        self.remember_again = remember_again
         self.last_turn: TurnReport | None = None
         self.ids: tuple[str, ...] = (ids,) if isinstance(ids, str) else _tuple(ids)
-        one_for_all = speaker is None or isinstance(speaker, str)
-        self.speakers: tuple[str | None, ...] = (
-            (speaker,) * len(self.ids) if one_for_all else _tuple(speaker)  # type: ignore[assignment]
-        )
+        self.speakers = _one_per_row(speaker, len(self.ids))
+        self.turn_ids = _one_per_row(turn_id, len(self.ids))
         if not self.ids or not all(isinstance(name, str) for name in self.ids):
             raise ArgumentError(f"ids is {ids!r}; pass a string, or a list of one string per row.")
         if len(set(self.ids)) < len(self.ids):
@@ -96,13 +99,17 @@ class Dialogue:
                 f"ids is {ids!r} with a repeated id, but each row writes its own dialogue; put the "
                 "turns of one dialogue into one prompt, or into one call after the other."
             )
-        if not all(x is None or isinstance(x, str) for x in self.speakers) or len(
-            self.speakers
-        ) != len(self.ids):
-            raise ArgumentError(
-                f"speaker is {speaker!r} for {len(self.ids)} dialogues; pass a string or None, or "
-                "a list with one of them per dialogue."
-            )
+        for argument, given, every in (
+            ("speaker", speaker, self.speakers),
+            ("turn_id", turn_id, self.turn_ids),
+        ):
+            if not all(x is None or isinstance(x, str) for x in every) or len(every) != len(
+                self.ids
+            ):
+                raise ArgumentError(
+                    f"{argument} is {given!r} for {len(self.ids)} dialogues; pass a string or "
+                    "None, or a list with one of them per dialogue."
+                )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Calls ``generate`` of the host, as one turn of this dialogue, and returns its answer.
@@ -147,6 +154,10 @@ class Dialogue:
     def detach(self) -> None:
         """Truncates backpropagation: later losses no longer reach the turns up to now."""
         self.store.detach(self.ids)
+
+
+def _one_per_row(given: Any, rows: int) -> tuple[str | None, ...]:
+    return (given,) * rows if given is None or isinstance(given, str) else _tuple(given)
 
 
 def _tuple(names: Any) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ class TurnReport:
 
     Attributes:
         rows: dialogues in the batch.
+        resent: clips of each dialogue that were written in an earlier turn, and so are not again.
         skipped_by_row: writes left out per dialogue, because what was heard, or the result, was not
             finite, or because a head would have grown beyond ``MALConfig.max_state_norm``.
 
@@ -42,6 +43,7 @@ class TurnReport:
 
     def __init__(self, rows: int, memory: Gates) -> None:
         self.rows, self.skipped_by_row, self._memory = rows, [0] * rows, memory
+        self.resent = [0] * rows
         self._tokens = [0] * rows
         # until the turn ends: row, and [T, Dm] before and after the read, of each new clip; row,
         # and [T, H], of each write

@@ -21,13 +21,15 @@ class Snapshot(NamedTuple):
 
     ``states`` has one row per speaker, and ``None`` for the memory that all of them share.
     ``clips`` are the fingerprints of the clips written so far, ``None`` where one is unknown: the
-    one part that grows with the turns, by some 40 bytes a clip in memory and 20 in a file.
+    one part that grows with the turns, by some 40 bytes a clip in memory and 20 in a file, and so
+    do ``named``, hashes of the names of turns that have one.
     ``revision`` is the checksum of its copy in the backing store, ``None`` while there is none.
     """
 
     states: Mapping[str | None, MemoryState]
     clips: tuple[int | None, ...]
     revision: str | None = None
+    named: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +55,8 @@ def pack_dialogues(config: MALConfig, snapshots: Mapping[str, Snapshot]) -> byte
     """``snapshots``, by id of the dialogue, as the bytes of a safetensors file."""
     rows = [s.detach().to("cpu") for x in snapshots.values() for s in x.states.values()]
     entries = [
-        {"id": name, "speakers": list(x.states), "clips": x.clips} for name, x in snapshots.items()
+        {"id": name, "speakers": list(x.states), "clips": x.clips, "named": x.named}
+        for name, x in snapshots.items()
     ]
     header = {"config": config.state_signature(), "dialogues": entries}
     return pack(KIND, _named(MemoryState.cat(rows)) if rows else {}, header)
@@ -83,7 +86,9 @@ def unpack_dialogues(
     rows = _rows(tensors, len(like.weights))
     return {
         entry["id"]: Snapshot(
-            {speaker: next(rows) for speaker in entry["speakers"]}, tuple(entry["clips"])
+            {speaker: next(rows) for speaker in entry["speakers"]},
+            tuple(entry["clips"]),
+            named=tuple(entry.get("named", ())),  # not in files of 0.1
         )
         for entry in header["dialogues"]
     }
@@ -130,6 +135,8 @@ def _entries(name: str, entries: Any) -> list[dict[str, Any]]:
             and len(set(entry["speakers"])) == len(entry["speakers"])
             and isinstance(entry.get("clips"), list)
             and all(clip is None or type(clip) is int for clip in entry["clips"])
+            and isinstance(entry.get("named", []), list)
+            and all(type(mark) is int for mark in entry.get("named", []))
         )
 
     if (

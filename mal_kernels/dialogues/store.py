@@ -121,6 +121,12 @@ class DialogueStore:
         stored = self._fetch(dialogue)  # not under the lock: it may take its time
         return self._history(dialogue, stored).snapshots[-1]
 
+    def before(self, dialogue: str, mark: int) -> Snapshot | None:
+        """What was remembered when a named turn began, as long as it can be undone."""
+        with self._lock:
+            kept = self._histories.get(dialogue, UNKNOWN).snapshots
+        return next((snapshot for snapshot in reversed(kept) if mark not in snapshot.named), None)
+
     def _fetch(self, dialogue: str) -> bytes | None:
         return None if self.backing is None else self.backing.get(dialogue)
 

@@ -6,7 +6,7 @@
 :mod:`~mal_kernels.hosts.clips` finds and recognises the clips of a prompt.
 """
 
-from .clips import Clip, fingerprint, placed
+from .clips import Clip, fingerprint, placed, turn_mark
 from .host import Host
 from .spec import HostSpec, find_decoder, last_effective_layer, register_host
 from .table import BUILT_IN
@@ -21,4 +21,5 @@ __all__ = [
     "last_effective_layer",
     "placed",
     "register_host",
+    "turn_mark",
 ]

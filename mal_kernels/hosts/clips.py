@@ -81,19 +81,26 @@ def fingerprint(
     return [join([frames], key) for frames in hash_frames(features, mask, time=time, key=key)]
 
 
+def turn_mark(name: str, key: bytes = b"") -> int:
+    """A keyed hash of 64 bits, a signed integer, of the name that a caller gives to a turn."""
+    text = name.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8, key=key, person=b"turn").digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 class Frames(NamedTuple):
     """The hashes of the frames of an entry that count.
 
     Args:
         kind: the dtype of a frame.
         hashes: ``[T]`` int64.
-        count: frames, or samples of a wave, that count.
+        length: frames, or samples of a wave, that count.
         whole: whether none of its frames is padding.
     """
 
     kind: str
     hashes: np.ndarray[Any, np.dtype[np.int64]]
-    count: int
+    length: int
     whole: bool = True
 
     def split(self, lengths: Sequence[int]) -> list[Frames]:
@@ -106,7 +113,7 @@ def join(parts: Sequence[Frames], key: bytes) -> int:
     """The fingerprint of a clip whose frames are in several entries."""
     digest = hashlib.blake2b(digest_size=8, key=key)
     for part in parts:
-        digest.update(f"{part.kind} {part.count} {len(part.hashes)};".encode())
+        digest.update(f"{part.kind} {part.length} {len(part.hashes)};".encode())
         digest.update(part.hashes.astype("<i8", copy=False).tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
 
@@ -189,8 +196,8 @@ def windows_of(entries: Sequence[Frames], tokens: Sequence[int]) -> list[Sequenc
         return [[entry] for entry in entries]
     if not tokens or len(entries) < len(tokens):
         return None
-    width = max(entry.count for entry in entries)
-    rate = sum(tokens) * width / max(1, sum(entry.count for entry in entries))
+    width = max(entry.length for entry in entries)
+    rate = sum(tokens) * width / max(1, sum(entry.length for entry in entries))
     # rounding takes or adds less than a token for each entry
     near = range(max(1, int(rate) - len(entries)), int(rate) + len(entries) + 2)
     for per_window in sorted(near, key=lambda n: abs(n - rate)):

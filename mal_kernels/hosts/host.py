@@ -280,24 +280,31 @@ class Host:
     ) -> Sequence[Sequence[Frames]] | None:
         """The hashed frames of each of ``runs``, or ``None`` where they cannot be told apart."""
         spec, embeds = self.spec, inputs.get("inputs_embeds")
-        if spec.encoder or (mask is None and not spec.streaming):
-            heard = inputs.get("heard", inputs)
-            name = spec.audio_inputs[0]
-            if heard.get(name) is None:  # generate may be given it by place
-                heard = {**heard, name: heard.get("inputs")}
-            features = spec.features(heard, spec, [b - a for _, a, b in runs])
-            if isinstance(features, Tensor):
-                shown = spec.mask(heard, spec, features)
-                entries = hash_frames(features, shown, time=spec.time, key=key)
-                return windows_of(entries, [b - a for _, a, b in runs])
-            pieces = [hash_frames(x[None], key=key) for x in features or ()]
-            return pieces if len(pieces) == len(runs) else None
+        lengths = [b - a for _, a, b in runs]
+        if spec.encoder and embeds is not None:
+            given = self._entries(inputs.get("heard", {}), lengths, key)
+            if len(given) == len(embeds):  # not so where the host repeats rows before it encodes
+                return [[given[r]] for r, _, _ in runs]
+        elif mask is None and not spec.streaming:
+            return windows_of(self._entries(inputs, lengths, key), lengths)
         if embeds is None:
             return None
         # of all clips at once, which costs one transfer from the device
         spoken = torch.cat([embeds[r, a:b] for r, a, b in runs])[None]
         (frames,) = hash_frames(spoken, time=1, key=key)
-        return [[part] for part in frames.split([b - a for _, a, b in runs])]
+        return [[part] for part in frames.split(lengths)]
+
+    def _entries(
+        self, inputs: Mapping[str, Any], lengths: Sequence[int], key: bytes
+    ) -> Sequence[Frames]:
+        """The hashed frames of the audio arguments of a call, an entry each."""
+        spec, name = self.spec, self.spec.audio_inputs[0]
+        if inputs.get(name) is None:  # generate may be given it by place
+            inputs = {**inputs, name: inputs.get("inputs")}
+        features = spec.features(inputs, spec, lengths)
+        if isinstance(features, Tensor):
+            return hash_frames(features, spec.mask(inputs, spec, features), time=spec.time, key=key)
+        return [frames for x in features or () for frames in hash_frames(x[None], key=key)]
 
 
 def _look_up(config: Any, path: str) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mal_kernels.errors import ArgumentError, HostError
+from mal_kernels.store import DirectoryStore
 from mal_kernels.testing import cache_name, tiny_inputs
 from tests.support.adapters import (
     DECODING,
@@ -313,3 +314,123 @@ def test_a_state_that_would_overflow_stays_as_it_was(host, monkeypatch):
         assert not torch.equal(dialogue.state.weights[0][1], before.weights[0][1])
     dialogue.state.weights[0].sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in mal.parameters())
+
+
+# --- which turn is it -----------------------------------------------------------------------------
+
+
+def test_a_named_turn_is_written_once_whatever_comes_between(host):
+    mal = attached(host)
+    first, second = (tiny_inputs(host, [[5, 3]], seed=seed) for seed in range(2))
+    with mal.dialogue("a"):
+        host(**tiny_inputs(host, [[4]], seed=9))
+    with mal.dialogue("a", "A", turn_id="one") as call:
+        answer = host(**first).logits
+        assert mal.last_turn.resent == [0]
+    with mal.dialogue("a", "B", turn_id="two"):
+        host(**second)
+    held = mal.dialogues.latest("a")
+    assert call.turns == [5]
+    with mal.dialogue("a", "A", turn_id="one"):
+        assert torch.equal(host(**first).logits, answer)  # it reads what the first one read
+        assert mal.last_turn.resent == [2]
+        assert mal.last_turn.tokens == [0]
+        host.generate(**first, max_new_tokens=2)
+    assert mal.dialogues.latest("a") is held
+    call.undo()
+    with mal.dialogue("a", turn_id="two"):
+        host(**second)  # that turn was taken back
+    assert call.turns == [5]
+
+
+def test_a_name_that_is_new_is_a_new_turn_whatever_it_sounds_like(host):
+    mal = attached(host)
+    x = tiny_inputs(host, [[5]])
+    for n, name in enumerate(("one", "two", "two", None), 1):
+        with mal.dialogue("a", turn_id=name) as call:
+            host(**x)
+        assert call.turns == [min(n, 2)]
+    first, second, both = two_turns(host)
+    with mal.dialogue("b", turn_id="one"):
+        host(**first)
+    with mal.dialogue("b", turn_id="two") as call:
+        host(**both)  # the context is known as ever
+        assert mal.last_turn.resent == [1]
+    assert call.turns == [2]
+    assert second["input_features"].shape[0] == 1
+
+
+def test_each_row_of_a_batch_may_have_its_name(host):
+    mal = attached(host)
+    x, y = (tiny_inputs(host, [[5], [3]], seed=seed) for seed in range(2))
+    with mal.dialogue(["a", "b"], turn_id=["one", None]):
+        host(**x)
+    held = mal.dialogues.latest("a")
+    with mal.dialogue(["a", "b"], turn_id=["one", "two"]) as call:
+        host(**y)
+        assert mal.last_turn.resent == [1, 0]
+    assert call.turns == [1, 2]
+    assert mal.dialogues.latest("a") is held
+    mal.detach()
+    alone = attached(host)
+    for inputs in (x, y):
+        with alone.dialogue("b"):
+            host(**row_alone(inputs, 1))
+    b = {0: mal.dialogues.latest("b").states[None]}
+    assert_same_states(b, {0: alone.dialogues.latest("b").states[None]}, rtol=1e-4, atol=1e-5)
+
+
+def test_names_are_known_in_another_process(host, tmp_path):
+    x, y = (tiny_inputs(host, [[5]], seed=seed) for seed in range(2))
+    for _ in range(2):
+        mal = attached(host)  # the same weights
+        mal.dialogues.backing = DirectoryStore(tmp_path)
+        for name, inputs in (("one", x), ("two", y)):
+            with mal.dialogue("a", turn_id=name) as call:
+                host(**inputs)
+        with mal.dialogue("a"):
+            host(**y)  # and so are clips
+        assert call.turns == [2]
+        mal.detach()
+
+
+@pytest.mark.parametrize("bad", [7, ["one"], ["one", 2]])
+def test_names_that_are_none_are_refused(host, bad):
+    mal = attached(host)
+    with (
+        pytest.raises(ArgumentError, match=r"turn_id is .* for 2 dialogues; pass a string"),
+        mal.dialogue(["a", "b"], turn_id=bad),
+    ):
+        pass
+
+
+def test_a_clip_that_was_recognised_is_said_and_may_be_remembered_again(host, caplog):
+    mal = attached(host)
+    x = tiny_inputs(host, [[5]])
+    with caplog.at_level("INFO", logger="mal_kernels"):
+        with mal.dialogue("a"):
+            host(**x)
+        assert caplog.messages == []
+        with mal.dialogue("a"):
+            host(**x)
+        assert mal.last_turn.resent == [1]
+        assert caplog.messages == ["1 clips were sent again and are not written to dialogues ['a']"]
+        with mal.dialogue("a", remember_again=True) as call:
+            host(**x)
+        assert mal.last_turn.resent == [0]
+    assert call.turns == [2]
+    assert len(caplog.messages) == 1
+
+
+def test_dialogues_saved_by_an_older_version_load_and_their_clips_are_new(host):
+    mal = attached(host)
+    x = tiny_inputs(host, [[5]])
+    with mal.dialogue("a"):
+        host(**x)
+    held = mal.dialogues.latest("a")
+    old = held._replace(clips=(-2996025758654136320,))  # a fingerprint of another kind
+    mal.dialogues.commit({"a": old}, {"a": held})
+    with mal.dialogue("a") as call:
+        host(**x)
+        host(**x)
+    assert call.turns == [2]

@@ -127,7 +127,7 @@ def test_padding_under_autocast(dtype):
         ((2, 5, 12), {"lengths": torch.tensor([5, 6])}, r"lengths: got \[5, 6\].*from 0 to T = 5"),
         ((2, 5, 12), {"lengths": torch.tensor([5, -1])}, r"lengths: got \[5, -1\]"),
         ((2, 5, 12), {"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: got given with B = 2"),
-        ((1, 5, 12), {"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: got .* to T = 5"),
+        ((1, 5, 12), {"cu_seqlens": torch.tensor([0, 4])}, r"cu_seqlens: got .* to T = 5"),
         (
             (1, 5, 12),
             {"cu_seqlens": torch.tensor([0, 5]), "lengths": torch.tensor([5])},
