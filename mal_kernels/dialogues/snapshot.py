@@ -55,7 +55,8 @@ def pack_dialogues(config: MALConfig, snapshots: Mapping[str, Snapshot]) -> byte
     """``snapshots``, by id of the dialogue, as the bytes of a safetensors file."""
     rows = [s.detach().to("cpu") for x in snapshots.values() for s in x.states.values()]
     entries = [
-        {"id": name, "speakers": list(x.states), "clips": x.clips, "named": x.named}
+        {"id": name, "speakers": list(x.states), "clips": x.clips}
+        | ({"named": x.named} if x.named else {})
         for name, x in snapshots.items()
     ]
     header = {"config": config.state_signature(), "dialogues": entries}
@@ -88,7 +89,7 @@ def unpack_dialogues(
         entry["id"]: Snapshot(
             {speaker: next(rows) for speaker in entry["speakers"]},
             tuple(entry["clips"]),
-            named=tuple(entry.get("named", ())),  # not in files of 0.1
+            named=tuple(entry.get("named", ())),  # left out if there are none
         )
         for entry in header["dialogues"]
     }
