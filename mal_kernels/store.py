@@ -1,5 +1,14 @@
 """Stores behind the dialogues, under the name by which they are imported."""
 
-from .dialogues.backing import DirectoryStore, KeyValueStore, MemoryStore, RedisStore
+from .dialogues.backing import Change, KeyValueStore, MemoryStore, SharedStore
+from .dialogues.folder import DirectoryStore
+from .dialogues.server import RedisStore
 
-__all__ = ["DirectoryStore", "KeyValueStore", "MemoryStore", "RedisStore"]
+__all__ = [
+    "Change",
+    "DirectoryStore",
+    "KeyValueStore",
+    "MemoryStore",
+    "RedisStore",
+    "SharedStore",
+]

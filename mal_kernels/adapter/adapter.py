@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import MALConfig
 from ..dialogues import Dialogue, DialogueStore, TurnReport
+from ..dialogues.weights import WeightsDigest
 from ..errors import ArgumentError, HostError
 from ..hosts import Host
 from ..memory import NeuralMemory
@@ -78,7 +79,8 @@ class MALAdapter(nn.Module):
         self.memory: NeuralMemory | None = None
         if self.config.hidden_size is not None:
             self.memory = self._new_memory(self.config.hidden_size)
-        self.dialogues = DialogueStore(self.config, self._initial_state)
+        weights = WeightsDigest(self._memory_weights)
+        self.dialogues = DialogueStore(self.config, self._initial_state, weights)
         self.last_turn: TurnReport | None = None
         self._scopes = Scopes()
         self._attachment: _Attachment | None = None
@@ -104,6 +106,9 @@ class MALAdapter(nn.Module):
                 "first, or pass the width of the host."
             )
         return self.memory
+
+    def _memory_weights(self) -> Mapping[str, Tensor]:
+        return self._memory().state_dict(keep_vars=True)
 
     def _initial_state(self, rows: int) -> MemoryState:
         return self._memory().initial_state(rows)

@@ -1,4 +1,4 @@
-"""Where dialogues are kept outside of the process: three methods, and three stores that have them.
+"""Where dialogues are kept outside of the process: what a store must do, and one in memory.
 
 Give one to ``mal.dialogues.backing``. Keys are ids of dialogues, any strings; values are what
 :meth:`DialogueStore.save` writes, with one dialogue each.
@@ -7,18 +7,31 @@ Give one to ``mal.dialogues.backing``. Keys are ids of dialogues, any strings; v
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+import re
+import secrets
+import time
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from ..errors import ArgumentError, StoreError, needs
-from .files import sync_folder, write_file
+from ..errors import ArgumentError
+from .locks import NamedLocks
+
+HEAD = 256  # bytes of a value in which its checksum stands
+CHECKSUM = re.compile(rb'checksum\\": \\"([0-9a-f]{64})\\"')
+ABSENT = ""  # the revision of what was never there
+ERASED = "erased-"  # begins the revision of what was
+ERASED_SECONDS = 3600  # how long that is known: a turn that takes longer is not protected
 
 
 @runtime_checkable
 class KeyValueStore(Protocol):
     """What a store of dialogues must do; methods may be called from several threads at once.
 
-    An exception from any of them is passed on to the caller of the host, and no state changes.
+    With these three methods a store serves one process; with those of :class:`SharedStore` any
+    number. An exception from any of them is passed on to the caller of the host, and no state
+    changes.
     """
 
     def get(self, key: str) -> bytes | None:
@@ -29,6 +42,156 @@ class KeyValueStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Erases the value, if there is one, so that it cannot be had back."""
+
+
+class Change(NamedTuple):
+    """A ``value`` that may take the place of what is there if that has the revision ``old``."""
+
+    old: str
+    value: bytes
+
+
+@runtime_checkable
+class SharedStore(KeyValueStore, Protocol):
+    """What a store must do for several processes: it decides whose turn counts."""
+
+    def revision(self, key: str) -> str:
+        """Text that tells apart all that was ever under ``key``; see :func:`revision_of`.
+
+        Of a key that was never there it is empty. Of one that :meth:`delete` erased it begins with
+        ``erased-`` and differs from deletion to deletion, for an hour at least, also if nothing
+        was there: a turn that began before the deletion is refused by it.
+        """
+
+    def swap(self, changes: Mapping[str, Change]) -> list[str]:
+        """Puts all values at once, or none, whatever happens to this process.
+
+        Returns:
+            Keys that have neither the revision expected nor that of the new value, which a call
+            that is tried again finds. If there are any, nothing was put.
+        """
+
+
+def revision_of(value: bytes) -> str:
+    """The checksum in the first bytes of a saved dialogue; of other bytes, their SHA-1."""
+    found = CHECKSUM.search(value[:HEAD])
+    return found[1].decode() if found else hashlib.sha1(value, usedforsecurity=False).hexdigest()
+
+
+def is_there(revision: str | None) -> bool:
+    """Whether it is the revision of a value."""
+    return bool(revision) and not str(revision).startswith(ERASED)
+
+
+class Tombstones:
+    """Keys that were erased in the last hour."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, tuple[float, str]] = {}  # the oldest first
+
+    def add(self, key: str) -> None:
+        """``key`` was erased now."""
+        now = time.monotonic()
+        self._marks.pop(key, None)
+        self._marks[key] = (now, f"{ERASED}{secrets.token_hex(8)}")
+        for old, (when, _) in list(self._marks.items()):
+            if now - when < ERASED_SECONDS:
+                break
+            self._marks.pop(old, None)
+
+    def revision(self, key: str) -> str:
+        """The revision of a ``key`` under which there is nothing."""
+        return self._marks.get(key, (0.0, ABSENT))[1]
+
+
+class OneProcess:
+    """A store of three methods as a :class:`SharedStore`, as long as no other process writes it."""
+
+    def __init__(self, store: KeyValueStore) -> None:
+        self.store = store
+        self._locks, self._erased = NamedLocks(), Tombstones()
+
+    def get(self, key: str) -> bytes | None:
+        """See :class:`KeyValueStore`."""
+        return self.store.get(key)
+
+    def put(self, key: str, value: bytes) -> None:
+        """See :class:`KeyValueStore`."""
+        self._locks.holding([key], lambda: self.store.put(key, value))
+
+    def delete(self, key: str) -> None:
+        """See :class:`KeyValueStore`."""
+
+        def erase() -> None:
+            self._erased.add(key)
+            self.store.delete(key)
+
+        self._locks.holding([key], erase)
+
+    def revision(self, key: str) -> str:
+        """See :class:`SharedStore`."""
+        return self._revision(key, self.get(key))
+
+    def _revision(self, key: str, value: bytes | None) -> str:
+        return self._erased.revision(key) if value is None else revision_of(value)
+
+    def swap(self, changes: Mapping[str, Change]) -> list[str]:
+        """See :class:`SharedStore`; whole or not at all as far as ``put`` does not fail twice."""
+        return self._locks.holding(changes, lambda: self._swap(changes))
+
+    def _swap(self, changes: Mapping[str, Change]) -> list[str]:
+        before = {key: self.get(key) for key in changes}
+        changed = [
+            key
+            for key, (old, value) in changes.items()
+            if self._revision(key, before[key]) not in (old, revision_of(value))
+        ]
+        if changed:
+            return changed
+        begun = []
+        try:
+            for key, (_, value) in changes.items():
+                begun.append(key)
+                self.store.put(key, value)
+        except BaseException:
+            for key in begun:
+                self._take_back(key, changes[key].value, before[key])
+            raise
+        return []
+
+    def _take_back(self, key: str, value: bytes, before: bytes | None) -> None:
+        if self.get(key) != value:
+            return  # it was not put, or another process has been here
+        if before is None:
+            self.store.delete(key)
+        else:
+            self.store.put(key, before)
+
+
+# by the id of a store, which is alive as long as what is found here
+_SHARED: weakref.WeakValueDictionary[int, OneProcess] = weakref.WeakValueDictionary()
+
+
+def shared(store: KeyValueStore) -> SharedStore:
+    """``store`` itself, or what makes it decide within this process, the same every time.
+
+    Raises:
+        ArgumentError: it is no store.
+    """
+    if isinstance(store, SharedStore):
+        return store
+    if not isinstance(store, KeyValueStore):
+        raise ArgumentError(
+            f"backing is {str(store)[:80]!r}; pass a store of mal_kernels.store, such as "
+            "DirectoryStore(path) or RedisStore(url), or None."
+        )
+    if not isinstance(store, MemoryStore):
+        warnings.warn(
+            f"{type(store).__name__} has get, put and delete but no revision and swap: use it from "
+            "one process only, or add them (mal_kernels.store.SharedStore).",
+            stacklevel=4,
+        )
+    return _SHARED.setdefault(id(store), OneProcess(store))
 
 
 class MemoryStore:
@@ -56,147 +219,3 @@ class MemoryStore:
     def delete(self, key: str) -> None:
         """See :class:`KeyValueStore`."""
         self.values.pop(key, None)
-
-
-class DirectoryStore:
-    """One file per key, named by the SHA-256 of the key: no key leads out of the folder.
-
-    A value is on the disk before :meth:`put` returns, and a process killed at any moment leaves the
-    value before or after it. Files can be read by their owner only.
-
-    Args:
-        path: of the folder; made if it is not there.
-
-    Raises:
-        StoreError: the folder cannot be made.
-
-    Example:
-        >>> import tempfile
-        >>> from mal_kernels.store import DirectoryStore
-        >>> store = DirectoryStore(tempfile.mkdtemp())
-        >>> store.put("../../call-17", b"state")
-        >>> store.get("../../call-17")
-        b'state'
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise StoreError(f"cannot make the folder {path}: {error}. Pass another.") from error
-
-    def file(self, key: str) -> Path:
-        """Where the value of ``key`` is, if there is one."""
-        return self.path / f"{_digest(key)}.safetensors"
-
-    def get(self, key: str) -> bytes | None:
-        """See :class:`KeyValueStore`.
-
-        Raises:
-            StoreError: the file cannot be read.
-        """
-        try:
-            return self.file(key).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"cannot read {self.file(key)}: {error}.") from error
-
-    def put(self, key: str, value: bytes) -> None:
-        """See :class:`KeyValueStore`.
-
-        Raises:
-            StoreError: the file cannot be written.
-        """
-        write_file(self.file(key), value, mode=0o600)
-
-    def delete(self, key: str) -> None:
-        """See :class:`KeyValueStore`. Also what a killed process left half written under ``key``.
-
-        Raises:
-            StoreError: a file cannot be erased.
-        """
-        file = self.file(key)
-        try:
-            for path in (file, *self.path.glob(f".{file.name}.*")):
-                path.unlink(missing_ok=True)
-            sync_folder(self.path)
-        except OSError as error:
-            raise StoreError(f"cannot erase {file}: {error}. It may still be there.") from error
-
-
-class RedisStore:
-    """Values in a Redis server, for several processes or machines; needs ``mal-kernels[redis]``.
-
-    A value outlives the server only as its own settings say (``appendonly yes``).
-
-    Args:
-        url: ``redis://``, ``rediss://`` or ``unix://`` address of the server.
-        prefix: of every key, to share a database with others.
-        ttl: seconds after its last turn at which a dialogue is erased; ``None`` keeps it.
-        options: passed to ``redis.Redis.from_url``; a server that does not answer for
-            ``socket_timeout=5`` seconds is an error.
-
-    Raises:
-        ArgumentError: ``url`` or ``ttl`` is not valid.
-        MissingPackage: redis-py is not installed.
-
-    Example:
-        >>> from mal_kernels.store import RedisStore
-        >>> store = RedisStore("redis://localhost:6379/0", ttl=3600)  # connects at the first use
-    """
-
-    def __init__(
-        self, url: str, *, prefix: str = "mal:", ttl: int | None = None, **options: Any
-    ) -> None:
-        with needs("redis", "RedisStore"):
-            import redis
-        if ttl is not None and (type(ttl) is not int or ttl <= 0):
-            raise ArgumentError(f"ttl is {ttl!r}; pass whole seconds above 0, or None.")
-        self.prefix, self.ttl, self._error = prefix, ttl, redis.RedisError
-        options = {"socket_timeout": 5, "socket_connect_timeout": 5, **options}
-        try:
-            self._redis = redis.Redis.from_url(url, **options, decode_responses=False)
-        except (ValueError, TypeError) as error:
-            raise ArgumentError(
-                f"url is {url!r}: {error}; pass redis://host:port/database and options of redis-py."
-            ) from error
-
-    def get(self, key: str) -> bytes | None:
-        """See :class:`KeyValueStore`.
-
-        Raises:
-            StoreError: the server cannot be reached, or refuses.
-        """
-        return self._call("get", key)
-
-    def put(self, key: str, value: bytes) -> None:
-        """See :class:`KeyValueStore`.
-
-        Raises:
-            StoreError: the server cannot be reached, or refuses.
-        """
-        self._call("set", key, value, ex=self.ttl)
-
-    def delete(self, key: str) -> None:
-        """See :class:`KeyValueStore`.
-
-        Raises:
-            StoreError: the server cannot be reached, or refuses.
-        """
-        self._call("delete", key)
-
-    def _call(self, command: str, key: str, *values: bytes, **options: Any) -> Any:
-        name = self.prefix.encode() + key.encode("utf-8", "surrogatepass")
-        try:
-            return getattr(self._redis, command)(name, *values, **options)
-        except self._error as error:
-            raise StoreError(
-                f"Redis refused {command} for one dialogue: {error}. Play the turn again when the "
-                "server answers."
-            ) from error
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

@@ -10,14 +10,15 @@ import hashlib
 import io
 import json
 import os
-import threading
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from ..errors import CheckpointError, StoreError
+from ..errors import ArgumentError, CheckpointError, StoreError
+from .locks import lock_file
 
 VERSION = 2  # of the header; files of version 1 have no checksum
 UNSIGNED = "0" * 64
@@ -34,9 +35,15 @@ def pack(kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) ->
 
     # checksum first: no string of the caller can come before it
     about = {"checksum": UNSIGNED, "kind": kind, "version": VERSION, **header}
+    text = json.dumps(about)
+    if 2 * len(text) > MAX_HEADER:  # it is escaped once more
+        raise ArgumentError(
+            f"the ids and clips of {kind} take {len(text):,} characters, more than can be read "
+            "again; pass shorter ids, or save in parts."
+        )
     blob = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={"mal_kernels": json.dumps(about)},  # a second key would make the order random
+        metadata={"mal_kernels": text},  # a second key would make the order random
     )
     checksum = hashlib.sha256(blob).hexdigest()
     return blob.replace(UNSIGNED.encode(), checksum.encode(), 1)
@@ -54,22 +61,54 @@ def write_file(path: str | Path, blob: bytes, mode: int = 0o666) -> None:
         StoreError: it cannot be written; what was there is still there.
     """
     path = Path(path)
-    # os.replace is atomic within a folder
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
+        partial = PartialFile(path, mode)
         try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-                file.write(blob)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            partial.write(blob)
+            partial.rename()
         finally:
-            partial.unlink(missing_ok=True)
+            partial.discard()
         sync_folder(path.parent)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise StoreError(
             f"cannot write {path}: {error}. Make room, or pass another path."
         ) from error
+
+
+class PartialFile:
+    """A file beside ``path``, ``.name.random``, that is to take its place.
+
+    It is locked while its process is alive: one that is not was left over by a kill.
+
+    Args:
+        path: what it will replace.
+        mode: permissions, less the process's umask.
+    """
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self.target = path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        while True:
+            self.path = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            self.file = open(os.open(self.path, flags, mode), "wb")
+            lock_file(self.file.fileno())
+            if os.name != "posix" or os.fstat(self.file.fileno()).st_nlink:
+                return  # else it was taken for left over before it was locked
+
+    def write(self, blob: bytes) -> None:
+        """Puts all of ``blob`` on the disk."""
+        self.file.write(blob)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def rename(self) -> None:
+        """The content becomes that of the target, in one step."""
+        self.path.replace(self.target)
+
+    def discard(self) -> None:
+        """Closes the file, and removes it if it was not renamed."""
+        self.file.close()
+        self.path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -162,16 +201,6 @@ def _read(
         _compare(name, {key: _describe(x) for key, x in tensors.items()}, like)
         _check_finite(name, tensors)
     return tensors, header
-
-
-def revision(blob: bytes, name: str) -> str:
-    """The checksum in the header of packed bytes, the same for the same content.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    table, _ = _read_table(io.BytesIO(blob), len(blob), name)
-    return str(_about(table, name).get("checksum"))
 
 
 def _read_table(file: BinaryIO, size: int, name: str) -> tuple[dict[str, Any], int]:

@@ -23,7 +23,8 @@ class Snapshot(NamedTuple):
     ``clips`` are the fingerprints of the clips written so far, ``None`` where one is unknown: the
     one part that grows with the turns, by some 40 bytes a clip in memory and 20 in a file, and so
     do ``named``, hashes of the names of turns that have one.
-    ``revision`` is the checksum of its copy in the backing store, ``None`` while there is none.
+    ``revision`` is that of its place in the backing store, see :class:`SharedStore`; ``None`` while
+    it was not put there.
     """
 
     states: Mapping[str | None, MemoryState]
@@ -51,20 +52,34 @@ class Snapshot(NamedTuple):
 EMPTY = Snapshot({}, ())
 
 
-def pack_dialogues(config: MALConfig, snapshots: Mapping[str, Snapshot]) -> bytes:
-    """``snapshots``, by id of the dialogue, as the bytes of a safetensors file."""
+def pack_dialogues(
+    config: MALConfig, snapshots: Mapping[str, Snapshot], weights: str | None = None
+) -> bytes:
+    """``snapshots``, by id of the dialogue, as the bytes of a safetensors file.
+
+    Args:
+        config: of the adapter that wrote them.
+        snapshots: by id of the dialogue.
+        weights: digest of the weights that wrote them, if it is known.
+    """
     rows = [s.detach().to("cpu") for x in snapshots.values() for s in x.states.values()]
     entries = [
         {"id": name, "speakers": list(x.states), "clips": x.clips}
         | ({"named": x.named} if x.named else {})
         for name, x in snapshots.items()
     ]
-    header = {"config": config.state_signature(), "dialogues": entries}
+    header: dict[str, Any] = {"config": config.state_signature(), "dialogues": entries}
+    if weights is not None:
+        header["weights"] = weights
     return pack(KIND, _named(MemoryState.cat(rows)) if rows else {}, header)
 
 
 def unpack_dialogues(
-    source: str | Path | bytes, config: MALConfig, like: MemoryState, name: str
+    source: str | Path | bytes,
+    config: MALConfig,
+    like: MemoryState,
+    name: str,
+    weights: str | None = None,
 ) -> dict[str, Snapshot]:
     """The inverse of :func:`pack_dialogues`.
 
@@ -73,13 +88,16 @@ def unpack_dialogues(
         config: of the adapter that asks.
         like: a state of one row, of that adapter.
         name: of the source, for errors.
+        weights: digest of the weights of that adapter, if it is known.
 
     Raises:
-        CheckpointError: the source is corrupt, foreign, or of another configuration.
+        CheckpointError: the source is corrupt, foreign, of another configuration, or of other
+            weights.
     """
 
     def expected(header: dict[str, Any]) -> dict[str, torch.Tensor]:
         _check_config(name, header.get("config"), config.state_signature())
+        _check_weights(name, header.get("weights"), weights)
         rows = sum(len(entry["speakers"]) for entry in _entries(name, header.get("dialogues")))
         return _named(like.map(lambda t: t[0].expand(rows, *t.shape[1:]))) if rows else {}
 
@@ -119,6 +137,15 @@ def _check_config(name: str, saved: object, ours: dict[str, Any]) -> None:
         )
 
 
+def _check_weights(name: str, saved: object, ours: str | None) -> None:
+    if saved is not None and ours is not None and saved != ours:
+        raise CheckpointError(
+            f"{name} holds states that other weights wrote ({str(saved)[:8]} there, {ours[:8]} "
+            "here), and they mean nothing to these. Load the adapter that wrote them; or, if it "
+            "was trained since, forget the dialogues, which then begin anew."
+        )
+
+
 def _named(state: MemoryState) -> dict[str, torch.Tensor]:
     names = [f"{field}.{i}" for field in ("weights", "momentum") for i in range(len(state.weights))]
     return dict(zip(names, (*state.weights, *state.momentum), strict=True))
@@ -135,7 +162,7 @@ def _entries(name: str, entries: Any) -> list[dict[str, Any]]:
             and all(speaker is None or isinstance(speaker, str) for speaker in entry["speakers"])
             and len(set(entry["speakers"])) == len(entry["speakers"])
             and isinstance(entry.get("clips"), list)
-            and all(clip is None or type(clip) is int for clip in entry["clips"])
+            and all(clip is None or (type(clip) is int and abs(clip) < 2**128) for clip in entry["clips"])
             and isinstance(entry.get("named", []), list)
             and all(type(mark) is int for mark in entry.get("named", []))
         )

@@ -1,10 +1,12 @@
-"""The dialogues of an adapter: states by dialogue and speaker, each turn whole or not at all."""
+"""All dialogues of an adapter, in memory and in a backing store."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,25 +15,52 @@ import torch
 from ..config import MALConfig
 from ..errors import ArgumentError, CheckpointError, StoreError
 from ..state import MemoryState
-from .backing import KeyValueStore
-from .files import revision, write_file
+from .backing import (
+    ABSENT,
+    Change,
+    KeyValueStore,
+    SharedStore,
+    Tombstones,
+    is_there,
+    revision_of,
+    shared,
+)
+from .expiry import EXPIRY
+from .files import write_file
+from .locks import NamedLocks, open_after_fork
 from .snapshot import EMPTY, Snapshot, pack_dialogues, unpack_dialogues
 
 
 class _History(NamedTuple):
-    """The snapshots of a dialogue, the present one last, and the bytes of all their states."""
+    """The snapshots of a dialogue, the present one last, the bytes of all their states, its use."""
 
     snapshots: tuple[Snapshot, ...]
     nbytes: int
+    used: float  # when, in seconds of the monotonic clock
 
     @classmethod
     def of(cls, snapshots: Sequence[Snapshot]) -> _History:
         # a silent speaker has the same state in several snapshots
         states = {id(state): state for x in snapshots for state in x.states.values()}
-        return cls(tuple(snapshots), sum(state.nbytes for state in states.values()))
+        nbytes = sum(state.nbytes for state in states.values())
+        return cls(tuple(snapshots), nbytes, time.monotonic())
+
+    @property
+    def present(self) -> Snapshot:
+        """What is remembered now."""
+        return self.snapshots[-1]
 
 
-UNKNOWN = _History((EMPTY,), 0)
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
+
+
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "undo_depth": (lambda x: type(x) is int and x >= 0, "a whole number, 0 for no undo"),
+    "max_dialogues": (_is_count, "a whole number, or None for no bound"),
+    "max_bytes": (_is_count, "a whole number, or None for no bound"),
+    "cache_seconds": (lambda x: type(x) in (int, float) and 0 < x <= 1800, "seconds up to 1800"),
+}
 
 
 class DialogueStore:
@@ -42,18 +71,28 @@ class DialogueStore:
     when it is there. So any process may take any turn, a process killed at any moment leaves the
     last turn that was done, and a dialogue that was evicted comes back bit for bit; only
     :meth:`undo` does not reach behind an eviction. Of two turns of one dialogue at the same time
-    the one that ends last raises StoreError and writes nothing.
+    the one that ends last raises StoreError and writes nothing, and so does one in which the
+    dialogue was forgotten. Between processes the backing decides, which has to be a
+    :class:`mal_kernels.store.SharedStore` for that, as those of a folder and of Redis are.
 
     Methods may be called from several threads at once.
 
     Args:
         config: of the adapter; a saved store can only be loaded under the same one.
         initial_state: returns the state of ``n`` dialogues in which nothing was said yet.
+        weights: returns a digest of the weights that write the states; those of other weights are
+            refused.
         undo_depth: turns per dialogue that can be undone.
         max_dialogues: most dialogues kept in memory; ``None`` for no bound. Those of the last turn
             always stay.
         max_bytes: most bytes of states in memory, with those for undo, in the same way.
+        cache_seconds: after so long without use memory drops a dialogue that the backing has. No
+            more than that, and than a ``ttl`` of the backing, a process keeps of a dialogue that
+            another has forgotten.
         backing: a :class:`mal_kernels.store.KeyValueStore`, or ``None``.
+
+    Raises:
+        ArgumentError: an option is not valid, also when it is set later.
 
     Example:
         >>> import tempfile
@@ -68,28 +107,63 @@ class DialogueStore:
         >>> mal.dialogues.forget(["call-17"])  # in memory and in the folder
     """
 
+    backing: KeyValueStore | None
+    _shared: SharedStore | None  # the same, or what decides in its place
+
     def __init__(
         self,
         config: MALConfig,
         initial_state: Callable[[int], MemoryState],
+        weights: Callable[[], str | None] = lambda: None,
         *,
         undo_depth: int = 8,
         max_dialogues: int | None = None,
         max_bytes: int | None = None,
+        cache_seconds: float = 600,
         backing: KeyValueStore | None = None,
     ) -> None:
-        self.config, self.initial_state = config, initial_state
+        self.config, self.initial_state, self.weights = config, initial_state, weights
         self.undo_depth, self.max_dialogues, self.max_bytes = undo_depth, max_dialogues, max_bytes
-        self.backing = backing
+        self.cache_seconds = cache_seconds
         self._histories: OrderedDict[str, _History] = OrderedDict()  # used last, comes last
+        self._erased, self._queues = Tombstones(), NamedLocks(threading.Lock)
+        open_after_fork(self)
+        self.backing = backing
+
+    def new_locks(self) -> None:
+        """The lock is open. It is never held while a backing store is asked."""
         self._lock = threading.RLock()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OPTIONS and not _OPTIONS[name][0](value):
+            raise ArgumentError(f"dialogues.{name} is {value!r}; pass {_OPTIONS[name][1]}.")
+        if name != "backing":
+            return object.__setattr__(self, name, value)
+        store = None if value is None else shared(value)
+        if value is not vars(self).get("backing"):
+            self._leave_backing()
+        vars(self).update(backing=value, _shared=store)
+        if store is not None:
+            EXPIRY.watch(self)
+
+    def _leave_backing(self) -> None:
+        """What is in memory is in no backing store yet."""
+        with self._lock:
+            for name, history in self._histories.items():
+                present = history.present._replace(revision=None)
+                self._histories[name] = history._replace(
+                    snapshots=(*history.snapshots[:-1], present)
+                )
+
     def __getstate__(self) -> dict[str, Any]:
-        """For ``copy.deepcopy`` of an adapter: all but the lock."""
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        """For ``copy.deepcopy`` of an adapter: all but the locks."""
+        left_out = ("_lock", "_queues", "_shared")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        vars(self).update(state, _queues=NamedLocks(threading.Lock))
+        open_after_fork(self)
+        self.backing = self.backing  # as a store that decides
 
     def __len__(self) -> int:
         """Dialogues in memory."""
@@ -101,57 +175,90 @@ class DialogueStore:
             return iter(list(self._histories))
 
     def __contains__(self, dialogue: object) -> bool:
-        if isinstance(dialogue, str):
-            self.latest(dialogue)  # fetches it, or drops what is gone from the backing store
-        return dialogue in self._histories
+        return isinstance(dialogue, str) and self._is_known(dialogue)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all present states in memory, without those kept for undo."""
         with self._lock:
-            return sum(history.snapshots[-1].nbytes for history in self._histories.values())
+            return sum(history.present.nbytes for history in self._histories.values())
+
+    # --- reading ----------------------------------------------------------------------------------
 
     def latest(self, dialogue: str) -> Snapshot:
         """What is remembered of a dialogue now; empty for one that is not known.
 
         Raises:
-            StoreError: the backing store cannot be reached.
-            CheckpointError: what is there is damaged, foreign, or of another configuration.
+            StoreError: the backing store cannot be reached, or has lost the dialogue.
+            CheckpointError: what is there is damaged, foreign, of another configuration, or of
+                other weights.
         """
-        stored = self._fetch(dialogue)  # not under the lock: it may take its time
-        return self._history(dialogue, stored).snapshots[-1]
+        return self._history(dialogue).present
 
     def before(self, dialogue: str, mark: int) -> Snapshot | None:
         """What was remembered when a named turn began, as long as it can be undone."""
         with self._lock:
-            kept = self._histories.get(dialogue, UNKNOWN).snapshots
+            history = self._histories.get(dialogue)
+        kept = history.snapshots if history else ()
         return next((snapshot for snapshot in reversed(kept) if mark not in snapshot.named), None)
 
-    def _fetch(self, dialogue: str) -> bytes | None:
-        return None if self.backing is None else self.backing.get(dialogue)
-
-    def _history(self, dialogue: str, stored: bytes | None) -> _History:
-        """Brings memory up to date with what is ``stored``."""
-        where = f"dialogue {dialogue!r} in the backing store"
-        now = None if stored is None else revision(stored, where)
+    def _history(self, dialogue: str) -> _History:
+        """The history of a dialogue in memory, brought up to date with the backing store."""
+        store = self._shared
         with self._lock:
-            history = self._histories.get(dialogue, UNKNOWN)
-            if self.backing is None or history.snapshots[-1].revision == now:
-                if dialogue in self._histories:
-                    self._histories.move_to_end(dialogue)
-                return history
-            if stored is None:  # erased by another process
+            before, mark = self._histories.get(dialogue), self._erased.revision(dialogue)
+            if store is None:
+                self._touch(dialogue)
+                return before or _unknown(mark)
+        revision = store.revision(dialogue)  # not under the lock: it may take its time
+        if before is not None:
+            if before.present.revision == revision:
+                self._touch(dialogue)
+                return before
+            if before.present.revision is None and revision == ABSENT:  # not put there yet
+                return before
+            self._check_not_lost(dialogue, before, revision)
+        found = self._fetch(store, dialogue, revision)
+        with self._lock:
+            now = self._histories.get(dialogue)
+            unchanged = (now and now.snapshots) is (before and before.snapshots)
+            if unchanged and mark == self._erased.revision(dialogue):
                 self._histories.pop(dialogue, None)
-                return UNKNOWN
-            found = unpack_dialogues(stored, self.config, self._like(), where)
-            if list(found) != [dialogue]:
-                raise CheckpointError(
-                    f"{where} is that of {list(found)}; the store is damaged. Forget the dialogue, "
-                    "or restore the store from a copy."
-                )
-            fetched = _History.of([found[dialogue]._replace(revision=now)])
-            self._keep({dialogue: fetched})
-            return fetched
+                if is_there(found.present.revision):
+                    self._keep({dialogue: found})
+        return found
+
+    def _fetch(self, store: SharedStore, dialogue: str, revision: str) -> _History:
+        blob = store.get(dialogue) if is_there(revision) else None
+        if blob is None:  # also if it was erased just now: a turn on it will be refused
+            return _unknown(revision)
+        where = f"dialogue {dialogue!r} in the backing store"
+        found = unpack_dialogues(blob, self.config, self._like(), where, self.weights())
+        if list(found) != [dialogue]:
+            raise CheckpointError(
+                f"{where} is that of {list(found)}; the store is damaged. Forget the dialogue, "
+                "or restore the store from a copy."
+            )
+        return _History.of([found[dialogue]._replace(revision=revision_of(blob))])
+
+    def _check_not_lost(self, dialogue: str, before: _History, revision: str) -> None:
+        expires = getattr(self.backing, "ttl", None) is not None
+        if revision == ABSENT and is_there(before.present.revision) and not expires:
+            raise StoreError(
+                f"dialogue {dialogue!r} is not in the backing store any more, and was not "
+                "forgotten: the server has evicted or lost it. Restore the store from a copy, or "
+                "forget the dialogue, which then begins anew."
+            )
+
+    def _is_known(self, dialogue: str) -> bool:
+        return is_there(self.latest(dialogue).revision) or dialogue in self._histories
+
+    def _touch(self, dialogue: str) -> None:
+        with self._lock:
+            history = self._histories.get(dialogue)
+            if history is not None:
+                self._histories[dialogue] = history._replace(used=time.monotonic())
+                self._histories.move_to_end(dialogue)
 
     def _like(self) -> MemoryState:
         return self.initial_state(1).detach().to("cpu")
@@ -171,6 +278,33 @@ class DialogueStore:
         states = [snapshot.states.get(speaker, fresh) for snapshot, speaker in keys]
         return MemoryState.cat([state.to(device) for state in states])
 
+    # --- changing ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def queue(self, dialogues: Sequence[str], wait: float) -> Iterator[None]:
+        """Within this context no other turn of this process that queues is in ``dialogues``.
+
+        Args:
+            dialogues: ids.
+            wait: seconds, at most, until the turns before have ended.
+
+        Raises:
+            StoreError: they have not.
+        """
+        end, held = time.monotonic() + wait, list[Any]()
+        try:
+            for lock in self._queues.of(dialogues):
+                if not lock.acquire(timeout=max(0.0, end - time.monotonic())):
+                    raise StoreError(
+                        f"another turn of dialogues {list(dialogues)} has not ended in {wait} "
+                        "seconds; play this one again, or wait longer."
+                    )
+                held.append(lock)
+            yield
+        finally:
+            for lock in held:
+                lock.release()
+
     def commit(
         self, snapshots: Mapping[str, Snapshot], past: Mapping[str, Snapshot] | None = None
     ) -> None:
@@ -182,39 +316,72 @@ class DialogueStore:
 
         Raises:
             StoreError: a dialogue is not as in ``past`` any more, or the backing store fails. If it
-                fails to take back a part as well, each dialogue is still whole, and the turn can
-                be played again: clips that were written are recognised.
+                fails after it has begun, each dialogue is still whole, and the turn can be played
+                again: clips that were written are recognised.
         """
-        with self._lock:
-            stored = {name: self._fetch(name) for name in snapshots}
-            now = {name: self._history(name, stored[name]).snapshots for name in snapshots}
-            read = (past or {}).items()
-            changed = [name for name, before in read if not _same(now[name][-1], before)]
-            if changed:
-                raise StoreError(
-                    f"dialogues {changed} were changed or forgotten while this turn ran, which has "
-                    "not been written; play it again, after the other has ended."
-                )
-            keep = self.undo_depth + 1
-            self._replace({name: (*now[name], x)[-keep:] for name, x in snapshots.items()}, stored)
+        keep, read = self.undo_depth + 1, past or {}
+        self._replace(
+            {name: read[name] if name in read else self.latest(name) for name in snapshots},
+            snapshots,
+            lambda history, present: (*history, present)[-keep:],
+        )
 
     def undo(self, dialogues: Sequence[str]) -> None:
         """Drops the last turn of ``dialogues``, from all their memories.
 
         Raises:
-            ArgumentError: none of them has a turn that can be undone.
-            StoreError: the backing store fails.
+            ArgumentError: none of them has a turn that can be undone, or not all that have turns.
+            StoreError: a dialogue was changed meanwhile, or the backing store fails.
         """
+        now = {name: self._history(name) for name in dialogues}
+        before = {name: history.snapshots[-2:-1] for name, history in now.items()}
+        stuck = [name for name, x in before.items() if not x and now[name].present.clips]
+        if stuck or not any(before.values()):
+            raise ArgumentError(
+                f"dialogues {stuck or list(dialogues)} have no turn left to undo; at most the last "
+                f"undo_depth={self.undo_depth} turns since they were loaded can be undone."
+            )
+        self._replace(
+            {name: now[name].present for name, x in before.items() if x},
+            {name: x[0] for name, x in before.items() if x},
+            lambda history, present: (*history[:-2], present),
+        )
+
+    def _replace(
+        self,
+        past: Mapping[str, Snapshot],
+        new: Mapping[str, Snapshot],
+        history: Callable[[tuple[Snapshot, ...], Snapshot], Sequence[Snapshot]],
+    ) -> None:
+        """Puts ``new`` snapshots in the place of ``past`` ones, of all dialogues or of none.
+
+        Args:
+            past: what must be there now.
+            new: what is to be there.
+            history: makes the new history of a dialogue of the present one and what is new.
+        """
+        store = self._shared
+        marks = {name: self._erased.revision(name) for name in new}
+        if store is not None:
+            blobs = {x: pack_dialogues(self.config, {x: new[x]}, self.weights()) for x in new}
+            _refuse(
+                store.swap({x: Change(past[x].revision or ABSENT, blob) for x, blob in blobs.items()})
+            )
+            new = {x: new[x]._replace(revision=revision_of(blob)) for x, blob in blobs.items()}
         with self._lock:
-            stored = {name: self._fetch(name) for name in dialogues}
-            now = {name: self._history(name, stored[name]).snapshots for name in dialogues}
-            shorter = {name: snapshots[:-1] for name, snapshots in now.items() if snapshots[1:]}
-            if not shorter:
-                raise ArgumentError(
-                    f"dialogues {list(dialogues)} have no turn left to undo; at most the last "
-                    f"undo_depth={self.undo_depth} turns since they were loaded can be undone."
-                )
-            self._replace(shorter, stored)
+            now = {x: (self._histories.get(x) or _unknown(self._erased.revision(x))) for x in new}
+            if store is None:
+                _refuse([x for x in new if not _same(now[x].present, past[x])])
+            changed = {}
+            for name, present in new.items():
+                snapshots = now[name].snapshots
+                if name not in self._histories or _same(snapshots[-1], present):
+                    snapshots = (past[name],)  # evicted, or read by another thread since
+                if marks[name] != self._erased.revision(name):
+                    self._histories.pop(name, None)  # forgotten just now
+                elif _same(snapshots[-1], past[name]):
+                    changed[name] = _History.of(history(snapshots, present))
+            self._keep(changed)
 
     def detach(self, dialogues: Sequence[str]) -> None:
         """Cuts the states of ``dialogues`` from the autograd graph of the turns that wrote them."""
@@ -230,26 +397,32 @@ class DialogueStore:
     def forget(self, dialogues: Sequence[str] | None = None) -> None:
         """Erases ``dialogues`` (all, if ``None``) with everything kept for undo, and their backing.
 
-        A turn that is running in one of them will fail.
+        A turn that is running in one of them will fail, also if it is the first one. Another
+        process drops what it has of them at its next turn of them, or after ``cache_seconds``.
 
         Raises:
             ArgumentError: ``None``, but there is a backing store, which cannot list what it has.
             StoreError: the backing store fails; memory is erased nevertheless.
         """
-        names, failed = self._names(dialogues), []
-        with self._lock:
-            for name in names:
-                self._histories.pop(name, None)
-                try:
-                    if self.backing is not None:
-                        self.backing.delete(name)
-                except Exception as error:
-                    failed.append((name, error))
+        failed = []
+        for name in self._names(dialogues):
+            self._drop(name)
+            try:
+                if self._shared is not None:
+                    self._shared.delete(name)
+            except Exception as error:
+                failed.append((name, error))
+            self._drop(name)  # what a read found before the store had erased it
         if failed:
             raise StoreError(
                 f"dialogues {[name for name, _ in failed]} may still be in the backing store: "
                 f"{failed[0][1]} Forget them again."
             ) from failed[0][1]
+
+    def _drop(self, dialogue: str) -> None:
+        with self._lock:
+            self._erased.add(dialogue)
+            self._histories.pop(dialogue, None)
 
     def _names(self, dialogues: Sequence[str] | None) -> list[str]:
         if dialogues is not None:
@@ -260,20 +433,11 @@ class DialogueStore:
             )
         return list(self)
 
-    def _replace(
-        self, changed: Mapping[str, Sequence[Snapshot]], stored: Mapping[str, bytes | None]
-    ) -> None:
-        """New histories of dialogues of which the backing store has ``stored``."""
-        histories = dict(changed)
-        if self.backing is not None:
-            blobs = {x: pack_dialogues(self.config, {x: h[-1]}) for x, h in changed.items()}
-            for name, blob in blobs.items():
-                present = changed[name][-1]._replace(revision=revision(blob, name))
-                histories[name] = (*changed[name][:-1], present)
-            _put_all(self.backing, blobs, stored)
-        self._keep({name: _History.of(history) for name, history in histories.items()})
+    # --- memory -----------------------------------------------------------------------------------
 
     def _keep(self, histories: Mapping[str, _History]) -> None:
+        if self._shared is not None:
+            EXPIRY.watch(self)  # again after a fork
         self._histories.update(histories)  # one step, which no interrupt can split
         for name in histories:
             self._histories.move_to_end(name)
@@ -288,55 +452,76 @@ class DialogueStore:
                 total -= self._histories.popitem(last=False)[1].nbytes
                 surplus -= 1
 
+    def expire(self) -> float:
+        """Drops from memory what was not used for ``cache_seconds``, and is in the backing store.
+
+        Returns:
+            Seconds until that is to be done again.
+        """
+        if self._shared is None:
+            return 60.0
+        limit = min(self.cache_seconds, getattr(self.backing, "ttl", None) or self.cache_seconds)
+        oldest = time.monotonic() - limit
+        with self._lock:
+            for name, history in list(self._histories.items()):
+                if history.used < oldest and history.present.revision is not None:
+                    del self._histories[name]
+        return max(0.1, min(60.0, limit / 8))
+
+    # --- files ------------------------------------------------------------------------------------
+
     def save(self, path: str | Path, dialogues: Sequence[str] | None = None) -> None:
         """Writes ``dialogues`` (all, if ``None``) as safetensors; what could be undone is not kept.
+
+        The file can be read by its owner only.
 
         Raises:
             ArgumentError: an id in ``dialogues`` is not known; or ``None``, but there is a backing
                 store, which cannot list what it has.
             StoreError: ``path`` cannot be written, or the backing store not be reached.
         """
-        snapshots, unknown = {}, []
-        for name in self._names(dialogues):
-            snapshots[name] = self.latest(name)
-            if name not in self._histories:
-                unknown.append(name)
+        names = self._names(dialogues)
+        unknown = [name for name in names if not self._is_known(name)]
         if unknown:
             raise ArgumentError(f"dialogues {unknown} are not known; pass some of {list(self)}.")
-        write_file(path, pack_dialogues(self.config, snapshots))
+        snapshots = {name: self.latest(name) for name in names}
+        write_file(path, pack_dialogues(self.config, snapshots, self.weights()), mode=0o600)
 
     def load(self, path: str | Path) -> list[str]:
         """Reads dialogues that :meth:`save` wrote, over those of the same id; returns their ids.
 
+        States are bound to the weights that wrote them. Files of version 0.1.0 do not tell them,
+        and are taken as those of this adapter.
+
         Raises:
-            CheckpointError: the file is corrupt, foreign, or of another configuration.
-            StoreError: the backing store fails.
+            CheckpointError: the file is corrupt, foreign, of another configuration, or of other
+                weights.
+            StoreError: a dialogue was changed meanwhile, or the backing store fails.
         """
-        snapshots = unpack_dialogues(path, self.config, self._like(), str(path))
-        with self._lock:
-            stored = {name: self._fetch(name) for name in snapshots}
-            self._replace({name: (snapshot,) for name, snapshot in snapshots.items()}, stored)
-        return list(snapshots)
+        new = unpack_dialogues(path, self.config, self._like(), str(path), self.weights())
+        store = self._shared
+        past = {
+            name: self.latest(name)
+            if store is None
+            else EMPTY._replace(revision=store.revision(name))  # what is there may be damaged
+            for name in new
+        }
+        self._replace(past, new, lambda history, present: (present,))
+        return list(new)
+
+
+def _unknown(revision: str) -> _History:
+    """The history of a dialogue of which there is nothing, if it was erased with its revision."""
+    return _History.of([EMPTY._replace(revision=revision) if revision else EMPTY])
 
 
 def _same(now: Snapshot, past: Snapshot) -> bool:
     return now is past or (now.revision is not None and now.revision == past.revision)
 
 
-def _put_all(
-    store: KeyValueStore, blobs: Mapping[str, bytes], before: Mapping[str, bytes | None]
-) -> None:
-    """Puts all of ``blobs``, or what was there ``before`` again."""
-    begun = []
-    try:
-        for name, blob in blobs.items():
-            begun.append(name)
-            store.put(name, blob)
-    except BaseException:
-        for name in begun:
-            old = before[name]
-            if old is None:
-                store.delete(name)
-            else:
-                store.put(name, old)
-        raise
+def _refuse(changed: Sequence[str]) -> None:
+    if changed:
+        raise StoreError(
+            f"dialogues {list(changed)} were changed or forgotten while this turn ran, which has "
+            "not been written; play it again, after the other has ended."
+        )

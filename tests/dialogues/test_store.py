@@ -64,7 +64,9 @@ def test_delete_also_takes_what_a_killed_process_left(tmp_path):
     store.put("b", b"x")
     (tmp_path / f".{store.file('a').name}.123.456").write_bytes(b"half")
     store.delete("a")
-    assert list(tmp_path.iterdir()) == [store.file("b")]
+    left = set(tmp_path.iterdir()) - {store.file("b")}
+    assert [path.name for path in left] == [store.file("a").with_suffix(".erased").name]
+    assert [path.read_bytes() for path in left] == [b""]
 
 
 def test_a_folder_that_cannot_be_used(tmp_path):
@@ -160,7 +162,7 @@ def test_forget_erases_the_backing_too(backing):
     assert backing.get("a") is None
     assert "a" not in store
     assert "a" not in other  # not even in the memory of another process
-    assert other.latest("a") is EMPTY
+    assert other.latest("a")[:2] == EMPTY[:2]
     assert "b" in other
     with pytest.raises(ArgumentError, match="cannot list"):
         store.forget()

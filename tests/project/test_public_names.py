@@ -31,7 +31,7 @@ NAMES = {
 }
 # where documents, docstrings and examples ever imported from
 PATHS = {
-    "mal_kernels.store": ["DirectoryStore", "KeyValueStore", "MemoryStore", "RedisStore"],
+    "mal_kernels.store": ["DirectoryStore", "KeyValueStore", "MemoryStore", "RedisStore", "SharedStore"],
     "mal_kernels.hosts": [
         *("BUILT_IN", "Clip", "Host", "HostSpec", "find_decoder", "fingerprint"),
         *("last_effective_layer", "placed", "register_host"),
@@ -57,7 +57,7 @@ SAVED = {
     "README.md": "0313d8fb6d3e404eb8273600eaee25776fe049d8178fc381766cb319b4abc4b3",
     "adapter_config.json": "82544da6a4b2fb14c32f2e9d701b2541890e9538ec5e867e026698368911f25a",
     "adapter_model.safetensors": "b40b34c3261f554e309d4d985303f2d3ba29273bbcb4a3e394ba2e58f4f4d824",
-    "dialogues.safetensors": "9fd3227c9f5ea29391e18736027857f0a2393677c90d2ac5a765cd9a846769fa",
+    "dialogues.safetensors": "93899c865b62b6db8725eee5b29b1186781df8afbf2dd9a9fed5c9f4e6dc74ba",
 }
 
 

@@ -1,0 +1,150 @@
+"""Locks between threads and processes that an interrupt or a kill at any moment leaves open."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+# of a system or file system without flock, such as Windows and some network folders
+NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_INSTEAD = threading.RLock()
+PATIENCE = 10.0  # seconds to wait for the lock of a folder, which is held for less than one
+# objects with locks of their own, which a fork may find closed for ever in the child
+_LOCKED: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def open_after_fork(owner: Any) -> None:
+    """``owner.new_locks()`` runs now, and in every child that a fork makes of this process."""
+    owner.new_locks()
+    _LOCKED.add(owner)
+
+
+def _after_fork() -> None:
+    for owner in list(_LOCKED):
+        owner.new_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class NamedLocks:
+    """One lock per name, which is there while somebody uses it.
+
+    Args:
+        kind: makes a lock.
+    """
+
+    def __init__(self, kind: Callable[[], Any] = threading.RLock) -> None:
+        self.kind = kind
+        open_after_fork(self)
+
+    def new_locks(self) -> None:
+        """All locks are open."""
+        self._lock = threading.Lock()
+        self._locks: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+    def of(self, names: Iterable[str]) -> list[Any]:
+        """The locks of ``names``, in the order in which to take them."""
+        with self._lock:
+            return [self._locks.setdefault(name, self.kind()) for name in sorted(set(names))]
+
+    def holding(self, names: Iterable[str], work: Callable[[], T]) -> T:
+        """What ``work`` returns while the locks of ``names`` are held."""
+        return _holding(self.of(names), work)
+
+
+def _holding(locks: list[Any], work: Callable[[], T]) -> T:
+    # not an ExitStack: no interrupt comes between a lock and its `with`
+    if not locks:
+        return work()
+    with locks[0]:
+        return _holding(locks[1:], work)
+
+
+def lock_file(descriptor: int, wait: bool = True) -> bool:
+    """Whether this process now has the lock of an open file, which the system opens when it ends.
+
+    Where there are no locks, nothing is known about others: false without ``wait``.
+    """
+    try:
+        return _flock(descriptor, wait)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return wait
+
+
+def _flock(descriptor: int, wait: bool) -> bool:
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "no flock")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+class _Descriptor:
+    """A descriptor of a folder that is closed, and its lock opened, with the last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1  # until there is one
+        if fcntl is not None:
+            self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+@contextmanager
+def folder_lock(path: Path) -> Iterator[None]:
+    """Within this context no other thread or process has the lock of the folder ``path``.
+
+    Where the system has no locks, only threads of this process are kept out.
+
+    Raises:
+        StoreError: another has it for 10 seconds.
+        OSError: the folder cannot be opened.
+    """
+    folder = _Descriptor(path)
+    try:
+        _wait_for(folder.number, path)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        with _INSTEAD:
+            yield
+        return
+    try:
+        yield
+    finally:
+        fcntl.flock(folder.number, fcntl.LOCK_UN)  # a forked child may have the descriptor too
+
+
+def _wait_for(descriptor: int, path: Path) -> None:
+    end, pause = time.monotonic() + PATIENCE, 0.0001
+    while not _flock(descriptor, wait=False):
+        if time.monotonic() > end:
+            raise StoreError(
+                f"the folder {path} has been locked for {PATIENCE:.0f} seconds by another process; "
+                "find out which one hangs, then try again."
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.005)
