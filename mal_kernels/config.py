@@ -139,7 +139,9 @@ def check_start(
         ArgumentError: ``lr_init`` does not fit ``heads`` and ``max_lr``, or ``zero_start`` does not
             go with ``residual_norm``.
     """
-    if lr_init is not None and (len(lr_init) != heads or not all(0 < r < max_lr for r in lr_init)):
+    if lr_init is not None and (
+        len(lr_init) != heads or not all(_is_share(float(rate) / max_lr) for rate in lr_init)
+    ):
         raise ArgumentError(
             f"{owner}.lr_init is {lr_init!r}; pass {heads} numbers, one per head, above 0 and "
             f"below max_lr={max_lr}."
@@ -165,7 +167,8 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    return _is_positive(value) and value < 1
+    # its logit is finite in float32
+    return _is_positive(value) and 1e-30 <= value <= 1 - 1e-7
 
 
 def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -189,8 +192,8 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         _or_none(lambda rates: isinstance(rates, (list, tuple)) and all(map(_is_positive, rates))),
         "a tuple of positive numbers, one per head, or None to spread them",
     ),
-    "momentum_init": (_is_share, "a number between 0 and 1"),
-    "decay_init": (_is_share, "a number between 0 and 1"),
+    "momentum_init": (_is_share, "a number between 0 and 1, and no nearer to 1 than 1e-7"),
+    "decay_init": (_is_share, "a number between 0 and 1, and no nearer to 1 than 1e-7"),
     "max_grad_norm": (
         _or_none(lambda norm: _is_positive(norm) and 1e-18 <= norm <= 1e18),
         "a number from 1e-18 to 1e18, or None for no bound",

@@ -169,3 +169,7 @@ class ReadParams(NamedTuple):
 
 def _cat(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(layer) for layer in zip(*rows, strict=True))
+
+
+# so that torch.load(path, weights_only=True), its default, reads what torch.save wrote
+torch.serialization.add_safe_globals([MemoryState])

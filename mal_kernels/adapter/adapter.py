@@ -91,13 +91,14 @@ class MALAdapter(nn.Module):
 
     def _new_memory(self, hidden_size: int) -> NeuralMemory:
         # one chunk per turn: a turn writes the mean of its tokens' gradients, whatever its length
-        return NeuralMemory(
+        memory = NeuralMemory(
             hidden_size,
             step="chunk",
             chunk_size=None,
             zero_init_output=True,
             **self.config.memory_options(),
         )
+        return memory.float()  # whatever the default dtype
 
     def _memory(self) -> NeuralMemory:
         if self.memory is None:
@@ -289,10 +290,12 @@ class MALAdapter(nn.Module):
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes ``adapter_config.json``, ``adapter_model.safetensors`` and a README card.
 
-        Dialogues are saved apart, by ``mal.dialogues.save(path)``.
+        Weights are written as float32, whatever their dtype. Dialogues are saved apart, by
+        ``mal.dialogues.save(path)``.
 
         Raises:
             ArgumentError: the adapter has no weights yet.
+            StoreError: a file cannot be written.
         """
         self._memory()
         hub.save(Path(save_directory), self.config, self.state_dict())

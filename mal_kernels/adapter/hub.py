@@ -11,18 +11,37 @@ from typing import Any
 from torch import Tensor
 
 from ..config import MALConfig
-from ..dialogues.files import read_json, read_tensors, write_tensors
-from ..errors import CheckpointError
+from ..dialogues.files import read_json, read_tensors, write_file, write_tensors
+from ..errors import CheckpointError, StoreError
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save(folder: Path, config: MALConfig, weights: Mapping[str, Tensor]) -> None:
-    """Writes an adapter and its model card into ``folder``, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_NAME, "adapter", weights, {})
-    (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(config.base_model_name_or_path))
+    """Writes an adapter and its model card into ``folder``, which is made if it is not there.
+
+    Weights are float32 under the names they have without ``torch.compile``. With them stand the
+    fields of the configuration that they belong to, so that half of a save is not taken for one.
+
+    Raises:
+        StoreError: a file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot make the folder {folder}: {error}. Pass another.") from error
+    plain = {name.replace("_orig_mod.", ""): x.detach().float() for name, x in weights.items()}
+    write_tensors(folder / WEIGHTS_NAME, "adapter", plain, {"config": _belongs_to(config)})
+    write_file(folder / CONFIG_NAME, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+    write_file(folder / "README.md", model_card(config.base_model_name_or_path).encode())
+
+
+def _belongs_to(config: MALConfig) -> dict[str, Any]:
+    """What of a configuration weights were trained with, as JSON has it."""
+    fields: dict[str, Any] = json.loads(
+        json.dumps({**config.state_signature(), **config.memory_options()})
+    )
+    return fields
 
 
 def load(
@@ -50,7 +69,14 @@ def load(
     config = MALConfig.from_dict(read_json(text, str(config_file)))
     if config.hidden_size is None:
         raise CheckpointError(f"hidden_size is null in {config_file}; save the adapter again.")
-    tensors, _ = read_tensors(weights_file, "adapter", lambda header: expected(config))
+    tensors, header = read_tensors(weights_file, "adapter", lambda header: expected(config))
+    ours, theirs = _belongs_to(config), header.get("config")
+    if theirs is not None and theirs != ours:  # version 0.1.0 does not tell
+        wrong = sorted(x for x in ours if not isinstance(theirs, dict) or ours[x] != theirs.get(x))
+        raise CheckpointError(
+            f"{config_file} is not the configuration of the weights beside it: {', '.join(wrong)} "
+            "differ. A save was interrupted, or the file was edited; save the adapter again."
+        )
     return config, tensors
 
 

@@ -32,7 +32,7 @@ class Expiry:
         """``cache.expire()`` runs now and then, as long as there is a ``cache``."""
         with self._lock:
             self._caches.add(cache)
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=self._run, name="mal_kernels: expiry", daemon=True
                 )

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import typer
 
 from mal_kernels import Dialogue, MALAdapter
 from mal_kernels.errors import StoreError
-from mal_kernels.store import DirectoryStore, KeyValueStore
+from mal_kernels.store import Change, DirectoryStore, SharedStore
 from tests.reliability.echo import Echo, echo_adapter, turn_tokens
 from tests.reliability.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
 
@@ -62,7 +62,7 @@ class Log:
 class FailingStore:
     """Another store, which fails now and then; half the time after it has done what was asked."""
 
-    def __init__(self, store: KeyValueStore, log: Log, seed: int) -> None:
+    def __init__(self, store: SharedStore, log: Log, seed: int) -> None:
         self.store, self.log, self.random = store, log, random.Random(seed)
 
     def get(self, key: str) -> bytes | None:
@@ -76,6 +76,15 @@ class FailingStore:
     def delete(self, key: str) -> None:
         """See :class:`KeyValueStore`."""
         self._maybe("delete", lambda: self.store.delete(key))
+
+    def revision(self, key: str) -> str:
+        """See :class:`SharedStore`."""
+        return str(self._maybe("revision", lambda: self.store.revision(key)))
+
+    def swap(self, changes: Mapping[str, Change]) -> list[str]:
+        """See :class:`SharedStore`."""
+        changed: list[str] = self._maybe("swap", lambda: self.store.swap(changes))
+        return changed
 
     def _maybe(self, name: str, call: Callable[[], Any]) -> Any:
         fails, first = self.random.random() < FAULT_RATE, self.random.random() < 0.5
