@@ -74,8 +74,8 @@ def load(
     if theirs is not None and theirs != ours:  # version 0.1.0 does not tell
         wrong = sorted(x for x in ours if not isinstance(theirs, dict) or ours[x] != theirs.get(x))
         raise CheckpointError(
-            f"{config_file} is not the configuration of the weights beside it: {', '.join(wrong)} "
-            "differ. A save was interrupted, or the file was edited; save the adapter again."
+            f"{config_file} differs from the configuration of the weights beside it in "
+            f"{', '.join(wrong)}: a save was interrupted, or the file edited. Save it again."
         )
     return config, tensors
 

@@ -154,6 +154,9 @@ def _named(state: MemoryState) -> dict[str, torch.Tensor]:
 def _entries(name: str, entries: Any) -> list[dict[str, Any]]:
     """Checks the list of dialogues in the header of a file."""
 
+    def is_clip(clip: Any) -> bool:
+        return clip is None or (type(clip) is int and abs(clip) < 2**128)
+
     def is_entry(entry: Any) -> bool:
         return (
             isinstance(entry, dict)
@@ -162,7 +165,7 @@ def _entries(name: str, entries: Any) -> list[dict[str, Any]]:
             and all(speaker is None or isinstance(speaker, str) for speaker in entry["speakers"])
             and len(set(entry["speakers"])) == len(entry["speakers"])
             and isinstance(entry.get("clips"), list)
-            and all(clip is None or (type(clip) is int and abs(clip) < 2**128) for clip in entry["clips"])
+            and all(map(is_clip, entry["clips"]))
             and isinstance(entry.get("named", []), list)
             and all(type(mark) is int for mark in entry.get("named", []))
         )

@@ -365,7 +365,9 @@ class DialogueStore:
         if store is not None:
             blobs = {x: pack_dialogues(self.config, {x: new[x]}, self.weights()) for x in new}
             _refuse(
-                store.swap({x: Change(past[x].revision or ABSENT, blob) for x, blob in blobs.items()})
+                store.swap(
+                    {x: Change(past[x].revision or ABSENT, blob) for x, blob in blobs.items()}
+                )
             )
             new = {x: new[x]._replace(revision=revision_of(blob)) for x, blob in blobs.items()}
         with self._lock:

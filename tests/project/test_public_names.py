@@ -56,7 +56,7 @@ KEYS = [
 SAVED = {
     "README.md": "0313d8fb6d3e404eb8273600eaee25776fe049d8178fc381766cb319b4abc4b3",
     "adapter_config.json": "82544da6a4b2fb14c32f2e9d701b2541890e9538ec5e867e026698368911f25a",
-    "adapter_model.safetensors": "b40b34c3261f554e309d4d985303f2d3ba29273bbcb4a3e394ba2e58f4f4d824",
+    "adapter_model.safetensors": "8b91b8a876dd2ab2ac0e34b76c44083de8b24b5a2bf08121315b0a551ce5426c",
     "dialogues.safetensors": "93899c865b62b6db8725eee5b29b1186781df8afbf2dd9a9fed5c9f4e6dc74ba",
 }
 

@@ -1,0 +1,127 @@
+"""A folder that others can reach, what killed processes leave there, and a Redis that is interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+
+import pytest
+
+from mal_kernels.dialogues.files import PartialFile
+from mal_kernels.errors import ArgumentError, StoreError
+from mal_kernels.store import Change, DirectoryStore, RedisStore
+from tests.reliability.soak import forked
+from tests.support.dialogues import new_store, snapshot
+
+# --- a folder -------------------------------------------------------------------------------------
+
+
+def test_a_folder_open_to_others_is_refused_or_warned_of(tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(StoreError, match=r"anybody may write .*chmod 700"):
+        DirectoryStore(tmp_path)
+    tmp_path.chmod(0o755)
+    with pytest.warns(UserWarning, match=r"others may look into .*chmod 700"):
+        DirectoryStore(tmp_path)
+
+
+def test_saved_dialogues_are_for_their_owner_only(tmp_path):
+    store = new_store()
+    store.commit({"a": snapshot(store, 1.0)})
+    store.save(tmp_path / "calls")
+    assert stat.S_IMODE((tmp_path / "calls").stat().st_mode) == 0o600
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_what_a_killed_process_was_writing_goes_with_the_next_that_opens_the_folder(tmp_path):
+    store = DirectoryStore(tmp_path)
+
+    def die_writing():
+        partial = PartialFile(store.file("a"), 0o600)
+        partial.write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(forked(die_writing), 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    alive = PartialFile(store.file("b"), 0o600)
+    DirectoryStore(tmp_path)
+    assert list(tmp_path.iterdir()) == [alive.path]  # its process is still at it
+    alive.discard()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_a_batch_is_whole_after_a_kill_between_its_files(tmp_path, monkeypatch, renamed):
+    store = DirectoryStore(tmp_path)
+
+    def die_in_the_middle():
+        real, left = PartialFile.rename, [renamed]
+        finish = DirectoryStore._finish_batch
+
+        def one_by_one(self):
+            if not (self.path / ".batch").exists():
+                return finish(self)
+            if left[0]:
+                names = sorted(self.path.glob(".*.safetensors.*"))
+                names[0].replace(self.path / names[0].name[1:].rpartition(".")[0])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        assert real
+        DirectoryStore._finish_batch = one_by_one
+        store.swap({"a": Change("", b"1"), "b": Change("", b"2")})
+
+    status = os.waitpid(forked(die_in_the_middle), 0)[1]
+    assert os.WIFSIGNALED(status)
+    assert (store.get("a"), store.get("b")) == (b"1", b"2")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_old_tombstones_go(tmp_path):
+    store = DirectoryStore(tmp_path)
+    store.delete("a")
+    (tombstone,) = tmp_path.iterdir()
+    DirectoryStore(tmp_path)
+    assert tombstone.exists()
+    os.utime(tombstone, (0, 0))
+    DirectoryStore(tmp_path)
+    assert not tombstone.exists()
+
+
+# --- Redis ----------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_in_a_call_does_not_give_the_next_one_its_answer(redis_url, monkeypatch):
+    from redis.connection import AbstractConnection
+
+    store = RedisStore(redis_url, prefix="interrupted:")
+    for name in "ab":
+        store.put(name, name.encode())
+    real = AbstractConnection.send_packed_command
+
+    def interrupted(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    for call in (lambda: store.get("a"), lambda: store.revision("a"), lambda: store.put("c", b"c")):
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr(AbstractConnection, "send_packed_command", interrupted)
+            call()
+        assert [store.get(name) for name in "bab"] == [b"b", b"a", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("redis://:s3cret@127.0.0.1:port/0", {}),
+        ("redis://me:s3cret@127.0.0.1:1/0?socket_timeout=x", {}),
+        ("redis://:s3cret@127.0.0.1:1/0", {"no_such_option": 1}),
+    ],
+)
+def test_bad_options_are_refused_without_telling_the_password(url, options):
+    pytest.importorskip("redis")
+    with pytest.raises(ArgumentError, match="url is") as caught:
+        RedisStore(url, **options)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__cause__ is None
