@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,7 +91,7 @@ class PartialFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         while True:
             self.path = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            self.file = open(os.open(self.path, flags, mode), "wb")
+            self.file: BinaryIO = os.fdopen(os.open(self.path, flags, mode), "wb")
             lock_file(self.file.fileno())
             if os.name != "posix" or os.fstat(self.file.fileno()).st_nlink:
                 return  # else it was taken for left over before it was locked
@@ -107,8 +108,13 @@ class PartialFile:
 
     def discard(self) -> None:
         """Closes the file, and removes it if it was not renamed."""
-        self.file.close()
+        self.close()
         self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Opens the lock; what could not be written is dropped without another error."""
+        with suppress(OSError):
+            self.file.close()
 
 
 def sync_folder(folder: Path) -> None:

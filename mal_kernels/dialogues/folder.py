@@ -23,8 +23,9 @@ BATCH = ".batch"  # which half-written files are to take which places, all of th
 class DirectoryStore:
     """One file per key, named by the SHA-256 of the key: no key leads out of the folder.
 
-    Any number of processes of one machine may share the folder, if its file system has ``flock``. A value is on the disk before
-    :meth:`put` returns, and a process killed at any moment leaves the value before or after it.
+    Any number of processes of one machine may share the folder, if its file system has ``flock``.
+    A value is on the disk before :meth:`put` returns, and a process killed at any moment leaves the
+    value before or after it, of all dialogues of a batch.
     Files can be read by their owner only. Of a key that was erased an empty file with its SHA-256
     stays for an hour, and half of a file that a killed process was writing for ten minutes at most
     if the folder is in use, else until it is opened again.
@@ -159,7 +160,7 @@ class DirectoryStore:
             ) from error
         finally:
             for partial in partials:
-                partial.file.close() if finished else partial.discard()
+                partial.close() if finished else partial.discard()
         self._sweep(now=False)
         return []
 

@@ -138,7 +138,8 @@ class DialogueStore:
         if name in _OPTIONS and not _OPTIONS[name][0](value):
             raise ArgumentError(f"dialogues.{name} is {value!r}; pass {_OPTIONS[name][1]}.")
         if name != "backing":
-            return object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)
+            return
         store = None if value is None else shared(value)
         if value is not vars(self).get("backing"):
             self._leave_backing()

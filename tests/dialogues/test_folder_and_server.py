@@ -1,4 +1,4 @@
-"""A folder that others can reach, what killed processes leave there, and a Redis that is interrupted."""
+"""A folder that others can reach or a kill leaves, and a Redis whose calls are interrupted."""
 
 from __future__ import annotations
 
@@ -53,29 +53,40 @@ def test_what_a_killed_process_was_writing_goes_with_the_next_that_opens_the_fol
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("renamed", [0, 1])
-def test_a_batch_is_whole_after_a_kill_between_its_files(tmp_path, monkeypatch, renamed):
+def test_a_batch_is_whole_after_a_kill_between_its_files(tmp_path, renamed):
     store = DirectoryStore(tmp_path)
 
     def die_in_the_middle():
-        real, left = PartialFile.rename, [renamed]
-        finish = DirectoryStore._finish_batch
+        def die(self):
+            if (self.path / ".batch").exists():  # it has begun
+                for partial in sorted(self.path.glob(".*.safetensors.*"))[:renamed]:
+                    partial.replace(self.path / partial.name[1:].rpartition(".")[0])
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        def one_by_one(self):
-            if not (self.path / ".batch").exists():
-                return finish(self)
-            if left[0]:
-                names = sorted(self.path.glob(".*.safetensors.*"))
-                names[0].replace(self.path / names[0].name[1:].rpartition(".")[0])
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        assert real
-        DirectoryStore._finish_batch = one_by_one
+        DirectoryStore._finish_batch = die
         store.swap({"a": Change("", b"1"), "b": Change("", b"2")})
 
     status = os.waitpid(forked(die_in_the_middle), 0)[1]
     assert os.WIFSIGNALED(status)
     assert (store.get("a"), store.get("b")) == (b"1", b"2")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_fills_up_in_a_write_leaves_the_value_before(tmp_path):
+    resource = pytest.importorskip("resource")
+    store = DirectoryStore(tmp_path)
+    store.put("a", b"before")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(StoreError, match="cannot write"):
+            store.put("a", bytes(3000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert store.get("a") == b"before"
+    assert list(tmp_path.iterdir()) == [store.file("a")]
 
 
 def test_old_tombstones_go(tmp_path):

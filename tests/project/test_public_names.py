@@ -31,7 +31,9 @@ NAMES = {
 }
 # where documents, docstrings and examples ever imported from
 PATHS = {
-    "mal_kernels.store": ["DirectoryStore", "KeyValueStore", "MemoryStore", "RedisStore", "SharedStore"],
+    "mal_kernels.store": [
+        *("DirectoryStore", "KeyValueStore", "MemoryStore", "RedisStore", "SharedStore"),
+    ],
     "mal_kernels.hosts": [
         *("BUILT_IN", "Clip", "Host", "HostSpec", "find_decoder", "fingerprint"),
         *("last_effective_layer", "placed", "register_host"),
