@@ -49,7 +49,7 @@ class Hooks:
     ) -> None:
         self.host, self.site, self.memory, self.config = host, site, memory, config
         self.scopes, self.on_turn = scopes, on_turn
-        self.attached = False
+        self.attached = self._is_site = False
         # by thread, which a call of the host never leaves: turns of a generate that is under way,
         # and of a forward call with audio that is
         self._in_generate: dict[int, Turn] = {}
@@ -77,7 +77,12 @@ class Hooks:
         handles = []
         if projector is not None or (reads_embeds and not encoder):
             embeds = self.host.site("embeds")
-            handles += [embeds.register_forward_pre_hook(self._at_embeds, with_kwargs=True)]
+            self._is_site = embeds is model  # whose hooks run before a call has begun
+            handles += (
+                []
+                if self._is_site
+                else [embeds.register_forward_pre_hook(self._at_embeds, with_kwargs=True)]
+            )
         if encoder or not reads_embeds:
             at_output = self._at_encoder if encoder else self._at_layer
             # before any hook of transformers that records hidden states
@@ -107,6 +112,8 @@ class Hooks:
         if call is None:
             return forward(*args, **kwargs)
         try:
+            if self._is_site:
+                args, kwargs = self._eagerly(self._edit_embeds, args, kwargs) or (args, kwargs)
             output = forward(*args, **kwargs)
             self._eagerly(self._end_forward, call)
         finally:
