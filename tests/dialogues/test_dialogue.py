@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mal_kernels import MemoryState
-from mal_kernels.dialogues import Dialogue
 from mal_kernels.dialogues.files import UNSIGNED
 from mal_kernels.dialogues.snapshot import EMPTY, Snapshot
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
-from tests.support.dialogues import CONFIG, equal, new_store, snapshot
+from tests.support.dialogues import CONFIG, dialogue_of, equal, new_store, snapshot
 
 # --- turns ----------------------------------------------------------------------------------
 
@@ -78,7 +77,7 @@ def test_detach_reaches_what_could_be_undone_too():
     assert state.weights[0].requires_grad
     store.commit({"a": Snapshot({None: state}, (1,))})
     store.commit({"a": Snapshot({None: state, "A": state}, (1, 2))})
-    Dialogue(store, "a").detach()
+    dialogue_of(store, "a").detach()
     assert not any(w.requires_grad for s in store.latest("a").states.values() for w in s.weights)
     store.undo(["a"])
     assert not store.latest("a").states[None].weights[0].requires_grad
@@ -109,10 +108,10 @@ def test_a_speaker_has_a_state_and_unknown_speakers_share_one():
     store = new_store()
     shared, mine = snapshot(store, 1.0, None), snapshot(store, 2.0, "A")
     store.commit({"a": Snapshot({**shared.states, **mine.states}, (1,))})
-    assert equal(Dialogue(store, "a").state, shared.states[None])
-    assert equal(Dialogue(store, "a", "A").state, mine.states["A"])
-    assert equal(Dialogue(store, "a", "B").state, store.initial_state(1))
-    both = Dialogue(store, ["a", "new"], ["A", None])
+    assert equal(dialogue_of(store, "a").state, shared.states[None])
+    assert equal(dialogue_of(store, "a", "A").state, mine.states["A"])
+    assert equal(dialogue_of(store, "a", "B").state, store.initial_state(1))
+    both = dialogue_of(store, ["a", "new"], ["A", None])
     assert both.turns == [1, 0]
     assert equal(both.state, MemoryState.cat([mine.states["A"], store.initial_state(1)]))
 
@@ -129,7 +128,7 @@ def test_a_speaker_has_a_state_and_unknown_speakers_share_one():
 )
 def test_bad_ids_and_speakers(ids, speaker, match):
     with pytest.raises(ArgumentError, match=match):
-        Dialogue(new_store(), ids, speaker)
+        dialogue_of(new_store(), ids, speaker)
 
 
 # --- files ----------------------------------------------------------------------------------

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from mal_kernels import MALAdapter, MALConfig
-from mal_kernels.dialogues import Dialogue
 from mal_kernels.dialogues.snapshot import EMPTY, Snapshot
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from mal_kernels.store import DirectoryStore, KeyValueStore, MemoryStore, RedisStore
-from tests.support.dialogues import CONFIG, equal, new_store, snapshot
+from tests.support.dialogues import CONFIG, dialogue_of, equal, new_store, snapshot
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = ("call-17", "", "../../etc/passwd", "/", "a" * 1000, "nul\0l", "é", "\ud800", ".", "C:\\x:y")
@@ -298,7 +297,7 @@ def test_files_of_earlier_versions_load(version):
 def test_ids_that_are_no_strings():
     for ids in (5, None, {"a": 1}, b"x", [b"x"]):
         with pytest.raises(ArgumentError, match="ids is"):
-            Dialogue(new_store(), ids)
+            dialogue_of(new_store(), ids)
     with pytest.raises(ArgumentError, match="speaker is 5"):
-        Dialogue(new_store(), "a", 5)
+        dialogue_of(new_store(), "a", 5)
     assert CONFIG.hidden_size == 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mal_kernels import MALConfig, MemoryState, NeuralMemory
-from mal_kernels.dialogues import DialogueStore
+from mal_kernels.dialogues import Dialogue, DialogueStore
 from mal_kernels.dialogues.snapshot import Snapshot
 
 CONFIG = MALConfig(heads=2, head_dim=4, hidden_size=8, residual_norm=True)
@@ -25,3 +25,8 @@ def snapshot(store: DialogueStore, value: float, *who: str | None, clips=()) -> 
 
 def equal(a: MemoryState, b: MemoryState) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+
+def dialogue_of(store: DialogueStore, *args, **options) -> Dialogue:
+    """A dialogue of a store without an adapter: nothing can be called through it."""
+    return Dialogue(store, *args, **options, scopes=None)
