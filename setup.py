@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent
 
 
 class BuildPackage(build_py):
-    """Also copies the sources of kernels, and builds them if asked to."""
+    """Copies the sources of kernels too, and builds them if asked to."""
 
     def run(self) -> None:
-        """As setuptools asks for."""
+        """Does what setuptools asks of a command."""
         super().run()
         if self.editable_mode:
             return  # a clone has csrc/ beside the package
@@ -47,7 +47,7 @@ class Wheel(bdist_wheel):
     """With the library in it, a wheel is for this platform, but for any Python."""
 
     def finalize_options(self) -> None:
-        """As setuptools asks for."""
+        """Does what setuptools asks of a command."""
         super().finalize_options()
         self.root_is_pure = not (CUDA or CPU)
 

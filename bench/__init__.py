@@ -1,4 +1,4 @@
-"""What the memory costs: time, memory and error, beside what else there is."""
+"""The benchmark measures what the memory costs: time, bytes and error, beside its rivals."""
 
 from typing import Any, TypeAlias
 

@@ -79,7 +79,7 @@ def main(
         bool, typer.Option("--publish", help="Into bench/results, docs and the tables in README.")
     ] = False,
 ) -> None:
-    """What the memory costs, how it scales, and side by side with what there is, on this CPU."""
+    """Measure what the memory costs on this CPU, how it scales, and its rivals beside it."""
     names = list(questions or NAMES)
     if unknown := set(names) - set(NAMES):
         raise typer.BadParameter(f"no question {sorted(unknown)}; there are {[*NAMES]}")

@@ -1,4 +1,4 @@
-"""What is measured: shapes, the inputs for them, and how much work every op must do there."""
+"""The cases are shapes, the inputs for them, and the work that every op must do there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Case:
     chunk_size: int = 64
 
     def flops(self, step: Step) -> int:
-        """Of the forward pass: a multiply and an add per term of each matrix product.
+        """Counts a multiply and an add per term of each matrix product of the forward pass.
 
         Per chunk of C tokens and head, with D and E: the write's three products and two updates
         (of weights and of momentum: four) and the read's two products per state it reads from.
@@ -43,7 +43,7 @@ class Case:
         return 2 * self.batch * self.heads * total
 
     def io_bytes(self) -> int:
-        """What the forward pass must read and write once: q, k, v, y, gates, state in and out."""
+        """Counts what the forward pass must read and write once: q, k, v, y, gates, state."""
         per_token = 4 * self.head_dim + 3
         state = 2 * 2 * (2 * self.head_dim * self.hidden_dim)
         return 4 * self.batch * self.heads * (self.tokens * per_token + state)
@@ -132,7 +132,7 @@ class OpCase:
 
     @property
     def name(self) -> str:
-        """As it stands in the JSON."""
+        """Returns the case as it stands in the JSON."""
         return f"{self.op}, {self.where}"
 
 

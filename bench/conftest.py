@@ -1,4 +1,4 @@
-"""What pytest-benchmark writes: the machine as this benchmark describes it, and no single times."""
+"""pytest-benchmark writes the machine as this benchmark describes it, and no single times."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def conversation(figure: Figure, found: Result) -> None:
 
 
 def overhead(figure: Figure, found: Result) -> None:
-    """What the memory adds, as part of each host's call."""
+    """Draws what the memory adds, as part of each host's call."""
     figure.suptitle("What the memory adds to narrow hosts (112 audio tokens)")
     left, right = figure.subplots(1, 2)
     names = list(found)
@@ -231,7 +231,7 @@ SHOWN = {
 
 
 def numbers(result: Result, name: str) -> Result:
-    """What a picture shows.
+    """A picture is a figure with its text for people who cannot see it.
 
     Raises:
         KeyError: it was not measured.

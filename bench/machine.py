@@ -40,7 +40,7 @@ def describe(threads: int) -> Result:
 
 @functools.cache
 def rates() -> dict[str, float]:
-    """What this machine can do, measured: matrix products and a copy that no cache holds.
+    """Measures what this machine can do: matrix products and a copy that no cache holds.
 
     GFLOP/s of a ``[1024, 1024]`` product in float32 and bfloat16, and GB/s of a copy of 128 MB,
     counting what is read and what is written.
@@ -77,7 +77,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def run_python(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """Returns what a fresh interpreter prints."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

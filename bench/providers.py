@@ -37,7 +37,7 @@ class Provider:
 
     @property
     def name(self) -> str:
-        """As it stands in tables and JSON."""
+        """The name is how the provider stands in tables and JSON."""
         return f"{self.library} ({self.step} steps)"
 
     def runs(self, case: Case) -> bool:

@@ -51,7 +51,7 @@ def targets_table(result: Result) -> str:
 
 
 def headline_table(result: Result) -> str:
-    """What a newcomer asks first, losses included."""
+    """The headline answers what a newcomer asks first, losses included."""
     rows = [["on two CPU cores, float32", "forward", "forward and backward"]]
     for other in (THEIRS, EAGER, COMPILED):
         times = [
@@ -123,7 +123,7 @@ def conversation_table(result: Result) -> str:
 
 
 def overhead_table(result: Result) -> str:
-    """What the memory adds to narrow hosts."""
+    """The table shows what the memory adds to narrow hosts."""
     rows = [["narrow host", "call ms", "its tower", "memory adds ms", "of prefill", "of decode"]]
     for name, row in result["questions"]["overhead"].items():
         first = row["prefill"]

@@ -1,4 +1,4 @@
-"""What is asked for, read off a result: every target is met, or missed and said to be."""
+"""Targets are read off a result: each is met, or missed and said to be."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _faster(name: str, goal: float, case: str, other: str) -> list[Target]:
 
 
 def _rates(what: str, case: str, forward: float, both: float) -> list[Target]:
-    """Of a training shape."""
+    """Targets of a training shape."""
     return [
         Target(
             f"{what}forward, share of the bf16 matmul rate",

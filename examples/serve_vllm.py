@@ -91,7 +91,7 @@ class VLLM(nn.Module):
         self.url = urlsplit(url)
 
     def embed(self, features: Tensor, mask: Tensor) -> Tensor:
-        """What Qwen2-Audio puts in place of a clip's placeholders, ``[1, T, Dm]``.
+        """Returns what Qwen2-Audio puts in place of a clip's placeholders, ``[1, T, Dm]``.
 
         Args:
             features: log-mel, ``[1, mels, frames]``, padded to the encoder's window.
@@ -303,7 +303,7 @@ def parse(request: Any) -> tuple[str, str | None, Any, Callable[[Any], dict[str,
 
 
 class Server(ThreadingHTTPServer):
-    """Of a sidecar, a thread per connection; port 0 takes a free one."""
+    """A sidecar's server runs a thread per connection; port 0 takes a free one."""
 
     daemon_threads = True
     request_queue_size = 128

@@ -175,7 +175,7 @@ def _show_kernels(console: Console, target: str) -> None:
 
 
 def _show_cuda_kernels(console: Console, capability: tuple[int, int]) -> None:
-    """Likewise those of ``csrc/``, where they can be compiled."""
+    """Shows the kernels of ``csrc/``, where they can be compiled."""
     from mal_kernels._cuda import build
     from mal_kernels._native.build import BuildError
 
@@ -219,7 +219,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def errors_without_traceback() -> Iterator[None]:
-    """What the library refuses is the user's business: its message, and exit code 1."""
+    """Turns what the library refuses into its message and exit code 1."""
     try:
         yield
     except MALError as error:

@@ -21,7 +21,7 @@ MEMORY_FIELDS = (
 
 @dataclass
 class MALConfig:
-    """What a :class:`MALAdapter` is made of. The defaults are the measured ones.
+    """A config says what a :class:`MALAdapter` is made of. The defaults are the measured ones.
 
     Args:
         site: ``"embeds"`` for the merged input embeddings of the decoder, or ``k`` for the output

@@ -318,7 +318,7 @@ class NeuralMemory(nn.Module):
         return first[row] + (token - cu_seqlens[row]) // self.chunk_size, int(chunks.sum())
 
     def _segments_of_rows(self, hidden: Tensor) -> tuple[Tensor, int]:
-        """The same for rows of one length, ``[B, T, Dm]``, whose numbers the CPU knows."""
+        """Lays out rows of one length, ``[B, T, Dm]``, whose numbers the CPU knows."""
         batch, tokens = hidden.shape[:2]
         size = self.chunk_size or max(tokens, 1)
         per_row = n_chunks(tokens, self.chunk_size)
@@ -327,7 +327,7 @@ class NeuralMemory(nn.Module):
         return (row * per_row + position // size).flatten(), batch * per_row
 
     def extra_repr(self) -> str:
-        """What ``print(module)`` adds."""
+        """Says what ``print(module)`` adds."""
         return f"heads={self.heads}, head_dim={self.head_dim}, step={self.step!r}"
 
 
@@ -357,7 +357,7 @@ class Clips(NamedTuple):
         return rearrange(hidden, "... d -> (...) d").index_select(0, self.places)
 
     def to(self, device: torch.device) -> Clips:
-        """The same sequences on ``device``."""
+        """Returns the sequences on ``device``."""
         return Clips(*(x.to(device) for x in self))
 
 

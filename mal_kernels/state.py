@@ -75,11 +75,11 @@ class MemoryState(NamedTuple):
         return MemoryState(self.weights, self.momentum)
 
     def detach(self) -> MemoryState:
-        """The same values cut from the autograd graph (truncated backpropagation)."""
+        """Returns the values cut from the autograd graph (truncated backpropagation)."""
         return self.map(torch.Tensor.detach)
 
     def to(self, device: torch.device | str) -> MemoryState:
-        """The same state on ``device``."""
+        """Returns the state on ``device``."""
         return self.map(lambda t: t.to(device))
 
     def index_select(self, rows: Tensor) -> MemoryState:
@@ -118,14 +118,14 @@ class MemoryState(NamedTuple):
 
 
 class MemoryUpdate(NamedTuple):
-    """What a write returns: ``state`` and ``surprise`` ``‖M(k_t; W̄) − v_t‖²`` ``[B, T, H]``."""
+    """A write returns ``state`` and ``surprise`` ``‖M(k_t; W̄) − v_t‖²`` ``[B, T, H]``."""
 
     state: MemoryState
     surprise: Tensor
 
 
 class NeuralMemoryOutput(NamedTuple):
-    """What the layer returns: ``output`` ``[B, T, H, D]``, ``state`` and ``surprise``."""
+    """The layer returns ``output`` ``[B, T, H, D]``, ``state`` and ``surprise``."""
 
     output: Tensor
     state: MemoryState
@@ -141,7 +141,7 @@ class NeuralMemoryOutput(NamedTuple):
         anchor: Sequence[Tensor],
         position: Tensor,
     ) -> NeuralMemoryOutput:
-        """The same from what a backend returns; anchor and position are empty where not kept."""
+        """Names what a backend returns; anchor and position are empty where not kept."""
         state = MemoryState(tuple(weights), tuple(trace))
         if anchor:
             state = state._replace(anchor=tuple(anchor), position=position)
@@ -149,7 +149,7 @@ class NeuralMemoryOutput(NamedTuple):
 
 
 class MomentumScan(NamedTuple):
-    """What the scan returns: ``weights`` and ``momentum`` after every token ``[B, T, H, ...]``."""
+    """The scan returns ``weights`` and ``momentum`` after every token ``[B, T, H, ...]``."""
 
     weights: Tensor
     momentum: Tensor

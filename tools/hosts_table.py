@@ -67,7 +67,7 @@ def run(hosts: list[str]) -> tuple[str, dict[str, dict[str, int]]]:
 
 
 def kinds() -> dict[str, tuple[str, str, str, str]]:
-    """Of each host: its class, the sites, how it generates, and what of it is heard."""
+    """Lists of each host its class, the sites, how it generates, and what is heard."""
     from mal_kernels.testing.hosts import ENCODERS, RECIPES, REPLICAS, STREAMING
 
     known = {}

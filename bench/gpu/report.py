@@ -1,4 +1,4 @@
-"""What the results of a GPU session say: what ``auto`` may use, and tables for the terminal."""
+"""The report reads a GPU session: what ``auto`` may use, and tables for the terminal."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ console = Console()
 
 @dataclass
 class Session:
-    """What a session knows so far, and how it runs a step."""
+    """A session holds what is known so far and runs the steps."""
 
     out: Path
     logs: Path

@@ -232,7 +232,7 @@ def time_layer(
 
 
 def _able(bench: Bench, case: str, functions: Functions) -> dict[str, Callable[[], object]]:
-    """Those that can run; of the others the results say why not."""
+    """Keeps the functions that can run; the results say why the others cannot."""
     able = {}
     for name, function in functions.items():
         try:
@@ -252,7 +252,7 @@ def train(bench: Bench) -> None:
 
 
 def train_writes(bench: Bench) -> None:
-    """The same, written and not read."""
+    """The layer is written and not read."""
     _train(bench, "train writes", writer)
 
 

@@ -1,4 +1,4 @@
-"""What people ask before they use this, and no benchmark of one op can answer."""
+"""The questions are those that people ask first and that no benchmark of one op can answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does the next turn of a conversation cost after n earlier ones, in three ways to remember?
+"""The question: what does the next turn cost after n earlier ones, in three ways to remember?
 
 * memory: the host hears the new turn; its adapter reads and writes a state of fixed size;
 * concatenation: all earlier turns are in the prompt again, their audio embeddings kept;

@@ -1,4 +1,4 @@
-"""What does the memory add to my model? Narrow random hosts, with and without it."""
+"""The question: what does the memory add to my model? Narrow hosts, with and without it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TITLES = {
 
 
 def ask(quick: bool, say: Callable[[str], None]) -> Result:
-    """What the memory adds to each narrow host."""
+    """Measures what the memory adds to each narrow host."""
     found = {}
     for name, title in TITLES.items():
         say(title)
@@ -34,7 +34,7 @@ def ask(quick: bool, say: Callable[[str], None]) -> Result:
 
 
 def added(name: str, prefills: int, decodes: int) -> Result:
-    """What an attached memory adds to a turn's first call, and to every token after it.
+    """Measures what an attached memory adds to a turn's first call and to every token after it.
 
     Two hosts with the same weights, one of them with an adapter and an open dialogue, side by side.
     The audio tower is timed apart: its share depends on its size, not on the memory.

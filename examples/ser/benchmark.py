@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The corpus is checked by its file."""
         return f"{self.variant}-{self.arm}-{self.seed}"
 
 

@@ -1,4 +1,4 @@
-"""What a trained memory answers when the history it hears is not the true one.
+"""Controls ask what a trained memory answers when the history it hears is not the true one.
 
 A control is a rule that gives, for each scored turn, the list of earlier turns that the memory
 hears before it. The truth is one such rule; all others are experiments on the same weights.
@@ -57,7 +57,7 @@ class Target:
         ]
 
     def truth(self) -> list[Reference]:
-        """What the memory hears when nothing is changed."""
+        """The memory hears the true history."""
         return self.earlier(lambda who: who == self.speaker or not self.by_speaker)
 
 
@@ -66,7 +66,7 @@ def _no_write_after(target: Target) -> list[Reference]:
 
 
 def _wrong_dialogue(target: Target) -> list[Reference]:
-    """As many turns, from the start of the partner; of one of its speakers, if one is heard."""
+    """The memory hears as many turns of another dialogue; of one speaker, if it has one."""
     other = target.dialogues[target.partner]
     speaker = target.speaker % (max(other.speaker) + 1)
     turns = [

@@ -1,4 +1,4 @@
-"""What every corpus becomes: dialogues of turns, in the order in which they were spoken."""
+"""Every corpus becomes dialogues of turns, in the order in which they were spoken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the memory costs per turn, measured through the hooks that a user has."""
+"""The cost of the memory per turn is measured through the hooks that a user has."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def evaluate(
 
 
 def verdicts(result: Evaluation, bench: Bench, by_speaker: bool) -> list[Verdict]:
-    """What the evaluation shows of the three claims; what cannot be tested is not shown."""
+    """Says which of the three claims the evaluation shows; what cannot be tested is not shown."""
     last = c.gold_history(bench.encoded["test"], result.scored["memory"])
     shift = (last >= 0) & (last != result.scored["memory"].labels)
     keyed = [("memory", "swapped")] if by_speaker else [("own only", "others only")]

@@ -1,4 +1,4 @@
-"""What carries a dialogue from turn to turn: the memory family, and what it is compared with.
+"""An arm carries a dialogue from turn to turn: the memory family, and its rivals.
 
 Every memory answers one call, ``recall``: sequences of turns go in, and come out changed by what
 was remembered when each turn began. A turn reads first and writes afterwards, so that no turn
@@ -176,7 +176,7 @@ def _hold_at_zero(memory: NeuralMemory, gate: int) -> None:
 
 
 class NeverWritten(TitansMemory):
-    """The same adapter, whose memory is trained with it and never written.
+    """This arm is the adapter whose memory is trained with it and never written.
 
     What it gains over the host is due to training a layer there, not to remembering.
     """
@@ -189,7 +189,7 @@ class NeverWritten(TitansMemory):
     def recall(
         self, x: Tensor, mask: Tensor, state: State | None = None
     ) -> tuple[Tensor, State | None]:
-        """As :meth:`TitansMemory.recall`, without its writes."""
+        """Reads as :meth:`TitansMemory.recall` does, and writes nothing."""
         index = mask.flatten().nonzero().squeeze(1)
         one = torch.zeros_like(index)
         changed = self.memory.read(x.flatten(0, 1), index, one, self.memory.initial_state(1))

@@ -269,7 +269,7 @@ class DialogueModel(nn.Module):
         return self._log_probs(embeds.flatten(1, 2), there.flatten(1), ends)
 
     def _log_probs(self, embeds: Tensor, mask: Tensor, at: Tensor) -> Tensor:
-        """Of the tokens that follow the positions ``at`` ``[P]``: ``[n, P, V]``."""
+        """Returns the logits ``[n, P, V]`` of the tokens after the positions ``at`` ``[P]``."""
         padding = {}
         if not bool(mask.all()):  # without any, attention needs no mask and is faster
             # positions as if there were no padding: a prompt is answered the same in any batch
@@ -285,7 +285,7 @@ class DialogueModel(nn.Module):
     # --- what the Trainer asks for ----------------------------------------------------------------
 
     def train(self, mode: bool = True) -> DialogueModel:
-        """As always, but the host stays in eval mode unless it checkpoints its activations."""
+        """Keeps the host in eval mode unless it checkpoints its activations."""
         super().train(mode)
         if not self.checkpoints_activations:
             self.host.eval()
@@ -298,7 +298,7 @@ class DialogueModel(nn.Module):
         (new or self.host.gradient_checkpointing_enable)()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What is trained; never the frozen host."""
+        """Returns what is trained, never the frozen host."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         mine = {name for name, _ in self.named_parameters() if name.startswith("memory.")}
         full = super().state_dict(*args, **kwargs)

@@ -64,7 +64,7 @@ def open_corpus(
 
 @dataclass(frozen=True)
 class Bench:
-    """What the runs on one corpus share."""
+    """A study is what the runs on one corpus share."""
 
     corpus: Corpus
     listener: Callable[[], Listener]
@@ -184,5 +184,5 @@ def load_run(folder: Path, bench: Bench) -> DialogueModel:
 
 
 def for_arm(settings: Settings, arm: str) -> Settings:
-    """The same budget for another arm."""
+    """Returns this budget for another arm."""
     return replace(settings, arm=arm, window=None if arm == "attention" else settings.window)

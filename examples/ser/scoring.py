@@ -99,7 +99,7 @@ def score_dialogues(
 def generate(
     model: DialogueModel, listener: Listener, dialogues: Sequence[EncodedDialogue]
 ) -> np.ndarray:
-    """What the host writes about every scored turn, as classes, int ``[M]``; -1: no single label.
+    """Lets the host write about every scored turn: classes, int ``[M]``; -1: no single label.
 
     Args:
         model: with the memory of the turns before.

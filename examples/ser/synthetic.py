@@ -70,7 +70,7 @@ class Utterance:
 
 
 def script(variant: str, split: str, dialogues: int, seed: int = 0) -> synth.Script:
-    """What is said in the dialogues of one split.
+    """Draws what is said in the dialogues of one split.
 
     Raises:
         CorpusError: unknown variant or split.

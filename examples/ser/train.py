@@ -26,7 +26,7 @@ CARRIED = "carried state"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs to be repeated; saved as ``settings.json``.
+    """Settings are what a run needs to be repeated; saved as ``settings.json``.
 
     Attributes:
         corpus: ``synthetic:<variant>`` or the name of a corpus.

@@ -31,7 +31,7 @@ TARGETS = {
 
 
 def targets_of(machine: str) -> list[str]:
-    """Those of :data:`TARGETS` that ``platform.machine()`` may run."""
+    """Returns the :data:`TARGETS` that ``platform.machine()`` may run."""
     return [*TARGETS] if machine in ("x86_64", "AMD64") else ["portable"]
 
 
@@ -64,7 +64,7 @@ def cached(target: str) -> Path:
 
 @functools.cache
 def source_hash() -> str:
-    """Of everything that decides what the libraries do."""
+    """Hashes everything that decides what the libraries do."""
     csrc = source_folder()
     files = [*csrc.glob("mal_*.h"), *(csrc / "cpu").iterdir()]
     return content_hash(files, FLAGS, TARGETS, find_compiler())

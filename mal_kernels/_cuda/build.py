@@ -32,7 +32,7 @@ GATE = ("-Xptxas=-warn-spills,-warn-lmem-usage,-Werror",)
 
 
 def target_of(capability: tuple[int, int]) -> str:
-    """What serves a GPU of this compute capability, one of :data:`TARGETS`.
+    """Returns the target of :data:`TARGETS` that serves a GPU of this compute capability.
 
     Example:
         >>> from mal_kernels._cuda.build import target_of
@@ -102,7 +102,7 @@ def find_cached(targets: Sequence[str]) -> Path | None:
 
 @functools.cache
 def source_hash() -> str:
-    """Of everything that decides what the library does."""
+    """Hashes everything that decides what the library does."""
     return content_hash((p for p in source_folder().iterdir() if p.is_file()), _flags())
 
 
@@ -135,7 +135,7 @@ def build(targets: Sequence[str], library: Path, flags: Sequence[str] = ()) -> s
 
 
 class Cost(NamedTuple):
-    """What a thread of a kernel takes; stack and spills in bytes.
+    """A cost is what a thread of a kernel takes; stack and spills in bytes.
 
     Shared memory is not among it: all of it is asked for at the launch.
     """
@@ -148,7 +148,7 @@ class Cost(NamedTuple):
 
 
 def costs(log: str) -> list[Cost]:
-    """What ptxas says of every kernel in the log of a build with ``-Xptxas=-v``."""
+    """Reads what ptxas says of every kernel off the log of a build with ``-Xptxas=-v``."""
     if filt := shutil.which("c++filt"):  # of binutils, which nvcc's host compiler needs
         log = subprocess.run([filt], input=log, check=True, capture_output=True, text=True).stdout
     found = re.findall(
@@ -167,7 +167,7 @@ def costs(log: str) -> list[Cost]:
 
 
 def _flags() -> tuple[str, ...]:
-    """Those of nvcc and, such as ``-DMAL_MMA_SYNC`` for no wgmma, of ``MAL_NVCC_FLAGS``."""
+    """Returns the flags of nvcc with those of ``MAL_NVCC_FLAGS`` (``-DMAL_MMA_SYNC``: no wgmma)."""
     return (*FLAGS, *os.environ.get("MAL_NVCC_FLAGS", "").split())
 
 

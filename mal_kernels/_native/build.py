@@ -27,7 +27,7 @@ def source_folder() -> Path:
 
 
 def content_hash(files: Iterable[Path], *settings: object) -> str:
-    """Of all that decides what a library does: its sources and the ``settings`` of the build."""
+    """Hashes what decides what a library does: its sources and the ``settings`` of the build."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -59,7 +59,7 @@ def cache_folder() -> Path:
 
 
 def found_or_built(find: Callable[[], Path | None], build: Callable[[], Path], lock: str) -> Path:
-    """What ``find`` finds, else what ``build`` makes.
+    """Returns what ``find`` finds, else what ``build`` makes.
 
     Of several processes that want it at once, one builds and the others wait: ``lock`` is the name
     of a file in the cache.

@@ -36,7 +36,7 @@ class Start(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a chunk's gradients are made of; ``residual_norm`` puts γ's gradient last in deltas."""
+    """Factors are what a chunk's gradients are made of; ``residual_norm`` puts γ's last."""
 
     xs: list[Tensor]  # [G, C, d_in] of every layer
     zs: list[Tensor]  # [G, C, d_out], before the activation
@@ -95,7 +95,7 @@ def factors(anchor: Layers, k: Tensor, v: Tensor, call: MemoryCall) -> Factors:
 
 
 def _clip_scale(xs: Layers, raw: Layers, max_norm: float | None) -> Tensor | None:
-    """What takes every token's gradient to norm ≤ max_norm."""
+    """Returns the scale that takes every token's gradient to norm ≤ max_norm."""
     if max_norm is None:
         return None
     square = _norm_square(*_squares(xs, raw))

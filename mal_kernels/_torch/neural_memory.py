@@ -63,7 +63,7 @@ class _Chunks(NamedTuple):
         return map(type(self.steps)._make, zip(*self.steps, strict=True))
 
     def gradients(self, parts: Sequence[TokenSteps | ChunkStep]) -> TokenSteps | ChunkStep:
-        """Those of all chunks, from those of each."""
+        """Stacks the gradients of each chunk to those of all."""
         if not parts:
             return self.steps.zeros()
         return type(self.steps)(*(torch.stack(x) for x in zip(*parts, strict=True)))

@@ -62,7 +62,7 @@ class Report:
 
 
 class _FakeDriver:
-    """As much of a driver as a compilation asks for."""
+    """This driver knows as much as a compilation asks for."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target

@@ -22,7 +22,7 @@ _fastest: dict[Hashable, Configuration] = {}
 
 
 def configurations(pinned: Configuration, dtype: torch.dtype) -> list[Configuration]:
-    """What may be chosen from, ``pinned`` first: fewer tokens a tile, another pipeline depth.
+    """Returns the choices, ``pinned`` first: fewer tokens a tile, another pipeline depth.
 
     Not the latter for float32, where the registers are full.
     """

@@ -27,7 +27,7 @@ from .tiles import first_order
 
 @dataclass(frozen=True)
 class Static:
-    """What is known when a kernel is compiled."""
+    """A ``Static`` is what is known when a kernel is compiled."""
 
     H: int
     D: int
@@ -55,7 +55,7 @@ class Static:
     GAIN: int  # of γ
 
     def constants(self) -> Static:
-        """As a kernel wants it: each field a ``tl.constexpr``, plain in the interpreter."""
+        """Returns what a kernel wants: each field a ``tl.constexpr``, plain in the interpreter."""
         if os.environ.get("TRITON_INTERPRET") == "1":
             return self
         return Static(**{f.name: tl.constexpr(getattr(self, f.name)) for f in fields(self)})
@@ -93,7 +93,7 @@ class States(NamedTuple):
 
 @triton.jit
 def row_span(rows, i_n, T, M: tl.constexpr):
-    """Of row ``i_n``: first token (int64), number of tokens, place in the first chunk (int32)."""
+    """Returns row ``i_n``'s first token (int64), number of tokens, place in its chunk (int32)."""
     if M.IS_VARLEN:
         begin = tl.load(rows.cu_seqlens + i_n).to(tl.int64)
         length = (tl.load(rows.cu_seqlens + i_n + 1).to(tl.int64) - begin).to(tl.int32)

@@ -217,7 +217,7 @@ def is_one_token(k: Tensor, cu_seqlens: Tensor | None) -> bool:
 def decode_fwd(
     call: MemoryCall, *, keeps: bool
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """As :func:`mal_kernels._triton.neural_memory.memory_fwd`, for ``k`` ``[B, 1, H, D]``."""
+    """Computes what ``memory_fwd`` does for one token a row, ``k`` ``[B, 1, H, D]``."""
     k, weights, init, residual_norm = call.k, call.weights, call.init, call.residual_norm
     rows, _, heads, dim = k.shape
     tokens = [dense(x) for x in call.tokens]

@@ -38,7 +38,7 @@ def tile_rule(
 
 
 class Layout(NamedTuple):
-    """What a call looks like: sizes, bounds and what is compiled in."""
+    """A layout is what a call looks like: sizes, bounds and what is compiled in."""
 
     plain: Static  # for the host
     static: Static  # for kernels

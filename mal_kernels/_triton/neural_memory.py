@@ -160,7 +160,7 @@ def memory_bwd(
 
 
 def segment(call: MemoryCall, begin: int, end: int) -> MemoryCall:
-    """What of the arguments lies in ``begin : end`` along T; momentum and decay have coarser T."""
+    """Cuts ``begin : end`` along T out of the arguments; momentum and decay have coarser T."""
     gate_tokens = call.chunk_size if call.step == "chunk" else 1
     gates = slice(begin // gate_tokens, triton.cdiv(end, gate_tokens))
     spans = (*(slice(begin, end),) * 4, gates, gates)

@@ -1,4 +1,4 @@
-"""What the kernels share: activations, LayerNorm, tiles of ragged rows, the memory network."""
+"""Kernels share activations, LayerNorm, tiles of ragged rows and the memory network."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):
-    """As :data:`mal_kernels.network.ACTIVATIONS`."""
+    """Applies one of :data:`mal_kernels.network.ACTIVATIONS`."""
     if ACT == "gelu":
         h = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACT == "gelu_tanh":

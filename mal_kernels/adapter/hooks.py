@@ -1,4 +1,4 @@
-"""What runs inside a call of the host: :class:`Hooks`."""
+"""Hooks run inside a call of the host: :class:`Hooks`."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def save(folder: Path, config: MALConfig, weights: Mapping[str, Tensor]) -> None
 
 
 def _belongs_to(config: MALConfig) -> dict[str, Any]:
-    """What of a configuration weights were trained with, as JSON has it."""
+    """Returns the part of a configuration that weights were trained with, as JSON has it."""
     fields: dict[str, Any] = json.loads(
         json.dumps({**config.state_signature(), **config.memory_options()})
     )

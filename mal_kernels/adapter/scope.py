@@ -21,7 +21,7 @@ from ..errors import ArgumentError, HostError
 
 @dataclass(eq=False)
 class Scope:
-    """What the context managers of an adapter say about the calls made within them.
+    """A scope is what an adapter's context managers say about the calls made within them.
 
     Attributes:
         outer: the scope that it was opened in.
@@ -164,7 +164,7 @@ class Scopes:
             return getattr(self.host, method)(*args, **kwargs)
 
     def prepare(self, dialogue: Dialogue) -> Callable[..., None]:
-        """What a ``with`` statement is to hold from before it enters ``dialogue``, and to call."""
+        """Returns what a ``with`` statement holds from before it enters ``dialogue``, and calls."""
         opening = self.within(self.dialogues, dialogue=dialogue)
         self._prepared[get_ident()] = weakref.ref(opening)
         return opening.__exit__

@@ -25,7 +25,7 @@ HISTORY = ((0, 0), (1, 1), (2, 3), (4, 6), (7, 99))
 
 @dataclass(frozen=True)
 class Turn:
-    """What happened at one turn of a batch of N dialogues.
+    """A step is what happened at one turn of a batch of N dialogues.
 
     Attributes:
         without: class of each answer of the frozen host, int ``[N]``; -1: the token is no answer.
@@ -207,7 +207,7 @@ def names(script: synth.Script) -> list[list[str]]:
 
 
 def verdict(result: Evaluation) -> str:
-    """What the figures show, in words that can also say no."""
+    """Says what the figures show, in words that can also say no."""
     memory, cap = result.scores["memory"], result.scores["single-utterance cap"]
     alone, most = result.scores["no memory"], result.scores["context cap"]
     used = result.gain > 3 * memory.error

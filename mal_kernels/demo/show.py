@@ -1,4 +1,4 @@
-"""What ``mal-kernels demo`` does, and how it looks on a terminal."""
+"""The command ``mal-kernels demo``: what it does, and how it looks on a terminal."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def prompt(
 
 
 def token_ids(rows: int, task: str = "emotion") -> Tensor:
-    """What :func:`prompt` makes of its text, int64 ``[rows, 3 + audio tokens]``."""
+    """Returns what :func:`prompt` makes of its text, int64 ``[rows, 3 + audio tokens]``."""
     bos, audio, eos = (WORDS.index(marker) for marker in MARKERS)
     ids = [bos, *[audio] * (FRAMES // 4), eos, WORDS.index(task)]
     return torch.tensor(ids).expand(rows, -1)
@@ -217,7 +217,7 @@ def pretrain(
 
 
 def audio_tokens(host: Qwen2AudioForConditionalGeneration, features: Tensor) -> Tensor:
-    """What the decoder hears of clips ``[rows, MELS, FRAMES]``: ``[rows, audio tokens, WIDTH]``."""
+    """Encodes clips ``[rows, MELS, FRAMES]`` to ``[rows, audio tokens, WIDTH]``."""
     heard = host.model.audio_tower(features.float()).last_hidden_state
     return host.model.multi_modal_projector(heard)
 

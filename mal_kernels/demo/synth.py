@@ -38,7 +38,7 @@ MAX_HARMONICS, MAX_HZ = 40, 4500.0
 
 @dataclass(frozen=True)
 class Script:
-    """What is said in N dialogues of T turns between S speakers, before it becomes sound.
+    """A script is what is said in N dialogues of T turns between S speakers.
 
     Attributes:
         speaker: int ``[N, T]``, index of the speaker of each turn.

@@ -132,7 +132,7 @@ def load(folder: Path | None = None) -> tuple[Qwen2AudioForConditionalGeneration
 
 @torch.no_grad()
 def embed(host: Qwen2AudioForConditionalGeneration, features: Tensor) -> Tensor:
-    """What the decoder is given for the emotion prompt of every turn, ``[N, T, S, Dm]``."""
+    """Returns what the decoder is given for the prompt of every turn, ``[N, T, S, Dm]``."""
     rows = [
         small_host.input_embeds(
             host, small_host.audio_tokens(host, mels), small_host.token_ids(len(mels))

@@ -1,4 +1,4 @@
-"""What is remembered between the turns of a dialogue.
+"""The dialogues package keeps what is remembered between turns.
 
 A :class:`Dialogue` is what the user holds. A :class:`DialogueStore` keeps a ``Snapshot`` of every
 dialogue after each turn, in memory and in a backing (:mod:`~mal_kernels.dialogues.backing`), as

@@ -27,7 +27,7 @@ ERASED_SECONDS = 3600  # how long that is known: a turn that takes longer is not
 
 @runtime_checkable
 class KeyValueStore(Protocol):
-    """What a store of dialogues must do; methods may be called from several threads at once.
+    """A store keeps bytes by key; its methods may be called from several threads at once.
 
     With these three methods a store serves one process; with those of :class:`SharedStore` any
     number. An exception from any of them is passed on to the caller of the host, and no state
@@ -53,7 +53,7 @@ class Change(NamedTuple):
 
 @runtime_checkable
 class SharedStore(KeyValueStore, Protocol):
-    """What a store must do for several processes: it decides whose turn counts."""
+    """A shared store serves several processes: it decides whose turn counts."""
 
     def revision(self, key: str) -> str:
         """Text that tells apart all that was ever under ``key``; see :func:`revision_of`.

@@ -20,7 +20,7 @@ class Scopes(Protocol):
         """Calls a method of the host as a turn of ``dialogue``."""
 
     def prepare(self, dialogue: Dialogue) -> Callable[..., None]:
-        """What a ``with`` statement calls at its end, and holds until then."""
+        """Returns what a ``with`` statement calls at its end, and holds until then."""
 
     def enter(self, dialogue: Dialogue, frame: FrameType) -> None:
         """Calls of the host in this thread or task are turns of ``dialogue`` from here on."""
@@ -140,7 +140,7 @@ class Dialogue:
 
     @property
     def state(self) -> MemoryState:
-        """What the next turn reads: one row per dialogue, for its speaker if there is one."""
+        """Returns what the next turn reads: a row per dialogue, for its speaker if there is one."""
         return self.store.gather(list(zip(self.ids, self.speakers, strict=True)))
 
     def undo(self) -> None:

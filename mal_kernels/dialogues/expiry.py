@@ -10,7 +10,7 @@ from .locks import open_after_fork
 
 
 class Cache(Protocol):
-    """What the thread looks after."""
+    """A cache is looked after by the thread."""
 
     def expire(self) -> float:
         """Drops what is too old; returns the seconds until the next look."""

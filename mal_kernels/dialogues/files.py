@@ -301,7 +301,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _entry(entry: Any) -> str:
-    """What the table of contents says of a tensor, in the words of :func:`_describe`."""
+    """Says what the table of contents has of a tensor, in the words of :func:`_describe`."""
     if not isinstance(entry, dict):
         return repr(entry)[:80]
     dtype = str(entry.get("dtype"))

@@ -65,7 +65,7 @@ class NamedLocks:
             return [self._locks.setdefault(name, self.kind()) for name in sorted(set(names))]
 
     def holding(self, names: Iterable[str], work: Callable[[], T]) -> T:
-        """What ``work`` returns while the locks of ``names`` are held."""
+        """Returns what ``work`` returns while the locks of ``names`` are held."""
         return _holding(self.of(names), work)
 
 

@@ -22,7 +22,7 @@ class Gates(Protocol):
 
 
 class TurnReport:
-    """What the last turn did: ``mal.last_turn``, in figures that are computed when it ends.
+    """A report says what a turn did: ``mal.last_turn``, in figures computed when it ends.
 
     Attributes:
         rows: dialogues in the batch.

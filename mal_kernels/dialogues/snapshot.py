@@ -1,4 +1,4 @@
-"""What is remembered of one dialogue at one time, and how it stands in a file."""
+"""A snapshot is what a dialogue remembers at one time, in the process and in a file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Snapshot(NamedTuple):
         return 0
 
     def detach(self) -> Snapshot:
-        """The same values cut from the autograd graph."""
+        """Returns the values cut from the autograd graph."""
         return self._replace(states={speaker: s.detach() for speaker, s in self.states.items()})
 
 

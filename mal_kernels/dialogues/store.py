@@ -47,7 +47,7 @@ class _History(NamedTuple):
 
     @property
     def present(self) -> Snapshot:
-        """What is remembered now."""
+        """Returns what is remembered now."""
         return self.snapshots[-1]
 
 
@@ -148,7 +148,7 @@ class DialogueStore:
             EXPIRY.watch(self)
 
     def _leave_backing(self) -> None:
-        """What is in memory is in no backing store yet."""
+        """Marks what the process holds as being in no backing store yet."""
         with self._lock:
             for name, history in self._histories.items():
                 present = history.present._replace(revision=None)
@@ -187,7 +187,7 @@ class DialogueStore:
     # --- reading ----------------------------------------------------------------------------------
 
     def latest(self, dialogue: str) -> Snapshot:
-        """What is remembered of a dialogue now; empty for one that is not known.
+        """Returns what is remembered of a dialogue now; empty for one that is not known.
 
         Raises:
             StoreError: the backing store cannot be reached, or has lost the dialogue.
@@ -197,7 +197,7 @@ class DialogueStore:
         return self._history(dialogue).present
 
     def before(self, dialogue: str, mark: int) -> Snapshot | None:
-        """What was remembered when a named turn began, as long as it can be undone."""
+        """Returns what was remembered when a named turn began, as long as it can be undone."""
         with self._lock:
             history = self._histories.get(dialogue)
         kept = history.snapshots if history else ()

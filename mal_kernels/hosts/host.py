@@ -149,7 +149,7 @@ class Host:
     def encoded(
         self, output: Any, inputs: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[dict[str, Any], Tensor]:
-        """What an encoder returned, as a prompt ``[R, T]`` with the mask of its audio positions.
+        """Returns an encoder's output as a prompt ``[R, T]`` with the mask of its audio positions.
 
         ``inputs`` are the arguments of the call of the model, which stand in the prompt as
         ``heard``: a clip is known again by what the encoder was given.

@@ -112,7 +112,7 @@ def _fastest(
     features: int,
     tokens: int,
 ) -> tuple[str, str]:
-    """What ``auto`` takes of the ``usable`` backends, first the one to be preferred; and why."""
+    """Returns what ``auto`` takes of the ``usable`` backends, the preferred one first; and why."""
     if device.type != "cuda":
         return "reference", f"no other backend runs on {device.type}"
     found = measured_on(op, device)
@@ -152,7 +152,7 @@ def covers(result: dict[str, Any], dtype: torch.dtype | None, features: int, tok
 
 
 def _no_cpu(op: str, device: torch.device) -> str | None:
-    """What keeps the native kernels from ``op`` on ``device``; the library is built if need be."""
+    """Says what keeps the native kernels from ``op``; the library is built if need be."""
     if op not in CPU_OPS:
         return f"this version has no native CPU kernel for {op}"
     if device.type != "cpu":
@@ -163,7 +163,7 @@ def _no_cpu(op: str, device: torch.device) -> str | None:
 
 
 def _no_triton(device: torch.device) -> str | None:
-    """What keeps Triton from running on ``device``."""
+    """Says what keeps Triton from running on ``device``."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton; Linux only)"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -175,7 +175,7 @@ def _no_triton(device: torch.device) -> str | None:
 
 
 def _no_cuda(device: torch.device) -> str | None:
-    """What keeps the CUDA kernels from ``device``; the call itself finds or builds the library."""
+    """Says what keeps the CUDA kernels from ``device``; a call finds or builds the library."""
     if device.type == "cuda" and not torch.version.hip:
         return None
     return f"the CUDA kernels run on NVIDIA GPUs and the tensors are on {device}"

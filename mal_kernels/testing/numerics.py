@@ -1,4 +1,4 @@
-"""What a parity test needs: inputs in the stable regime, the float64 golden, and the error budgets.
+"""A parity test needs inputs in the stable regime, the float64 golden, and error budgets.
 
 Every kernel is judged against :func:`mal_kernels.reference.recurrence` in float64:
 
@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
         return [t for t in given if t is not None and t.is_floating_point()]
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same arguments with ``f`` applied to every float tensor."""
+        """Returns the arguments with ``f`` applied to every float tensor."""
 
         def apply(x: Any) -> Any:
             if isinstance(x, MemoryState):

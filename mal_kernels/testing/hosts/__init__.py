@@ -63,7 +63,7 @@ def tiny_host(name: str = "qwen2_audio", *, seed: int = 0, **overrides: Any) -> 
 
 
 def cache_name(host: nn.Module) -> str:
-    """What the key-value cache of ``host`` is called, as an argument and in an output.
+    """Returns the name of the key-value cache of ``host``, as an argument and in an output.
 
     transformers 5.24 renamed ``past_key_values`` to ``cache``, and warns about the old name.
     """

@@ -1,4 +1,4 @@
-"""What tiny hosts are given to hear: random audio arguments of a chosen number of tokens."""
+"""Tiny hosts hear random audio arguments of a chosen number of tokens."""
 
 from __future__ import annotations
 

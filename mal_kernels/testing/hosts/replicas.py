@@ -319,7 +319,7 @@ class QwenAudioEncoder(nn.Module):
         return self.proj(self.body(features))
 
     def encode(self, features: Tensor, lengths: Tensor) -> list[Tensor]:
-        """Of each clip ``[1 + T + 1, Dm]``."""
+        """Returns the embeddings of each clip ``[1 + T + 1, Dm]``."""
         first, last = self.audio_bos_eos_token.weight.split(1)
         heard = zip(self(features), lengths.tolist(), strict=True)
         return [torch.cat([first, clip[:length], last]) for clip, length in heard]
@@ -494,7 +494,7 @@ class AudioFlamingo(nn.Module):
 
 
 class AudioFlamingo2(AudioFlamingo):
-    """The same with several positions for each window, and another name for the encoder."""
+    """This replica has several positions for each window, and another name for the encoder."""
 
     per_window = 3
 
