@@ -197,6 +197,7 @@ class MALAdapter(nn.Module):
         *,
         turn_id: str | Sequence[str | None] | None = None,
         remember_again: bool = False,
+        wait: float | None = None,
     ) -> Dialogue:
         """A dialogue through which the host is called, or inside of which it is.
 
@@ -216,6 +217,9 @@ class MALAdapter(nn.Module):
                 process, or else what is remembered now. One that is new is written, also if it
                 sounds as the last one did.
             remember_again: whether clips that repeat the last ones are written again.
+            wait: seconds, at most, that ``dialogue.generate(...)`` and ``dialogue(...)`` wait for
+                other waiting turns of these dialogues in this process. ``None``: of two at the same
+                time the one that ends last is refused, after its answer.
 
         ``dialogue.generate(...)`` and ``dialogue(...)`` are turns of that dialogue wherever they
         run. Servers, generators and callbacks use these.
@@ -235,6 +239,7 @@ class MALAdapter(nn.Module):
             speaker,
             turn_id=turn_id,
             remember_again=remember_again,
+            wait=wait,
             scopes=self._scopes,
         )
 

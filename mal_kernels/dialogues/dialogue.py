@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any, Protocol
 
@@ -55,6 +56,8 @@ class Dialogue:
         speaker: who speaks; one name for all rows, or one per row; ``None`` where it is not known.
         turn_id: name of the turn; one for all rows, or one per row; ``None`` where it has none.
         remember_again: whether clips are written that were written before.
+        wait: seconds, at most, that ``generate`` and a call wait for other waiting turns of these
+            dialogues in this process; ``None``: such a turn is refused when it is written.
         scopes: of the adapter whose host it calls.
 
     Attributes:
@@ -84,10 +87,13 @@ class Dialogue:
         *,
         turn_id: str | Sequence[str | None] | None = None,
         remember_again: bool = False,
+        wait: float | None = None,
         scopes: Scopes,
     ) -> None:
         self.store, self._scopes = store, scopes
-        self.remember_again = remember_again
+        self.remember_again, self.wait = remember_again, wait
+        if wait is not None and not (isinstance(wait, (int, float)) and wait >= 0):
+            raise ArgumentError(f"wait is {wait!r}; pass seconds, or None not to queue.")
         self.last_turn: TurnReport | None = None
         self.ids: tuple[str, ...] = (ids,) if isinstance(ids, str) else _tuple(ids)
         self.speakers = _one_per_row(speaker, len(self.ids))
@@ -116,16 +122,23 @@ class Dialogue:
 
         Raises:
             HostError: the adapter is not attached.
+            StoreError: the turns before have not ended in ``wait`` seconds; the host has not run.
         """
-        return self._scopes.call(self, "generate", *args, **kwargs)
+        return self._call("generate", *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the host, as one turn of this dialogue, and returns its output.
 
         Raises:
             HostError: the adapter is not attached.
+            StoreError: the turns before have not ended in ``wait`` seconds; the host has not run.
         """
-        return self._scopes.call(self, "__call__", *args, **kwargs)
+        return self._call("__call__", *args, **kwargs)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        queue = nullcontext() if self.wait is None else self.store.queue(self.ids, self.wait)
+        with queue:
+            return self._scopes.call(self, method, *args, **kwargs)
 
     def __enter__(self) -> Dialogue:
         self._scopes.enter(self, sys._getframe(1))

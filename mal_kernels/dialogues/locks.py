@@ -68,6 +68,20 @@ class NamedLocks:
         """Returns what ``work`` returns while the locks of ``names`` are held."""
         return _holding(self.of(names), work)
 
+    @contextmanager
+    def held(self, names: Iterable[str], wait: float) -> Iterator[bool]:
+        """Within this context the locks of ``names`` are held, if they came in ``wait`` seconds."""
+        end, held = time.monotonic() + wait, list[Any]()
+        try:
+            for lock in (locks := self.of(names)):
+                if not lock.acquire(timeout=max(0.0, end - time.monotonic())):
+                    break
+                held.append(lock)
+            yield len(held) == len(locks)
+        finally:
+            for lock in held:
+                lock.release()
+
 
 def _holding(locks: list[Any], work: Callable[[], T]) -> T:
     # not an ExitStack: no interrupt comes between a lock and its `with`

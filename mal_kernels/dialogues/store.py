@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,28 +27,9 @@ from .backing import (
 )
 from .expiry import EXPIRY
 from .files import write_file
+from .history import History
 from .locks import NamedLocks, open_after_fork
 from .snapshot import EMPTY, Snapshot, pack_dialogues, unpack_dialogues
-
-
-class _History(NamedTuple):
-    """The snapshots of a dialogue, the present one last, the bytes of all their states, its use."""
-
-    snapshots: tuple[Snapshot, ...]
-    nbytes: int
-    used: float  # when, in seconds of the monotonic clock
-
-    @classmethod
-    def of(cls, snapshots: Sequence[Snapshot]) -> _History:
-        # a silent speaker has the same state in several snapshots
-        states = {id(state): state for x in snapshots for state in x.states.values()}
-        nbytes = sum(state.nbytes for state in states.values())
-        return cls(tuple(snapshots), nbytes, time.monotonic())
-
-    @property
-    def present(self) -> Snapshot:
-        """Returns what is remembered now."""
-        return self.snapshots[-1]
 
 
 def _is_count(value: Any) -> bool:
@@ -73,9 +54,8 @@ class DialogueStore:
     :meth:`undo` does not reach behind an eviction. Of two turns of one dialogue at the same time
     the one that ends last raises StoreError and writes nothing, and so does one in which the
     dialogue was forgotten. Between processes the backing decides, which has to be a
-    :class:`mal_kernels.store.SharedStore` for that, as those of a folder and of Redis are.
-
-    Methods may be called from several threads at once.
+    :class:`mal_kernels.store.SharedStore` for that, as those of a folder and of Redis are. Methods
+    may be called from several threads at once.
 
     Args:
         config: of the adapter; a saved store can only be loaded under the same one.
@@ -125,7 +105,7 @@ class DialogueStore:
         self.config, self.initial_state, self.weights = config, initial_state, weights
         self.undo_depth, self.max_dialogues, self.max_bytes = undo_depth, max_dialogues, max_bytes
         self.cache_seconds = cache_seconds
-        self._histories: OrderedDict[str, _History] = OrderedDict()  # used last, comes last
+        self._histories: OrderedDict[str, History] = OrderedDict()  # used last, comes last
         self._erased, self._queues = Tombstones(), NamedLocks(threading.Lock)
         open_after_fork(self)
         self.backing = backing
@@ -203,14 +183,14 @@ class DialogueStore:
         kept = history.snapshots if history else ()
         return next((snapshot for snapshot in reversed(kept) if mark not in snapshot.named), None)
 
-    def _history(self, dialogue: str) -> _History:
+    def _history(self, dialogue: str) -> History:
         """The history of a dialogue in memory, brought up to date with the backing store."""
         store = self._shared
         with self._lock:
             before, mark = self._histories.get(dialogue), self._erased.revision(dialogue)
             if store is None:
                 self._touch(dialogue)
-                return before or _unknown(mark)
+                return before or History.unknown(mark)
         revision = store.revision(dialogue)  # not under the lock: it may take its time
         if before is not None:
             if before.present.revision == revision:
@@ -229,10 +209,10 @@ class DialogueStore:
                     self._keep({dialogue: found})
         return found
 
-    def _fetch(self, store: SharedStore, dialogue: str, revision: str) -> _History:
+    def _fetch(self, store: SharedStore, dialogue: str, revision: str) -> History:
         blob = store.get(dialogue) if is_there(revision) else None
         if blob is None:  # also if it was erased just now: a turn on it will be refused
-            return _unknown(revision)
+            return History.unknown(revision)
         where = f"dialogue {dialogue!r} in the backing store"
         found = unpack_dialogues(blob, self.config, self._like(), where, self.weights())
         if list(found) != [dialogue]:
@@ -240,9 +220,9 @@ class DialogueStore:
                 f"{where} is that of {list(found)}; the store is damaged. Forget the dialogue, "
                 "or restore the store from a copy."
             )
-        return _History.of([found[dialogue]._replace(revision=revision_of(blob))])
+        return History.of([found[dialogue]._replace(revision=revision_of(blob))])
 
-    def _check_not_lost(self, dialogue: str, before: _History, revision: str) -> None:
+    def _check_not_lost(self, dialogue: str, before: History, revision: str) -> None:
         expires = getattr(self.backing, "ttl", None) is not None
         if revision == ABSENT and is_there(before.present.revision) and not expires:
             raise StoreError(
@@ -292,19 +272,13 @@ class DialogueStore:
         Raises:
             StoreError: they have not.
         """
-        end, held = time.monotonic() + wait, list[Any]()
-        try:
-            for lock in self._queues.of(dialogues):
-                if not lock.acquire(timeout=max(0.0, end - time.monotonic())):
-                    raise StoreError(
-                        f"another turn of dialogues {list(dialogues)} has not ended in {wait} "
-                        "seconds; play this one again, or wait longer."
-                    )
-                held.append(lock)
+        with self._queues.held(dialogues, wait) as in_time:
+            if not in_time:
+                raise StoreError(
+                    f"another turn of dialogues {list(dialogues)} has not ended in {wait} seconds; "
+                    "play this one again, or wait longer."
+                )
             yield
-        finally:
-            for lock in held:
-                lock.release()
 
     def commit(
         self, snapshots: Mapping[str, Snapshot], past: Mapping[str, Snapshot] | None = None
@@ -372,7 +346,8 @@ class DialogueStore:
             )
             new = {x: new[x]._replace(revision=revision_of(blob)) for x, blob in blobs.items()}
         with self._lock:
-            now = {x: (self._histories.get(x) or _unknown(self._erased.revision(x))) for x in new}
+            erased = {x: History.unknown(self._erased.revision(x)) for x in new}
+            now = {x: self._histories.get(x) or erased[x] for x in new}
             if store is None:
                 _refuse([x for x in new if not _same(now[x].present, past[x])])
             changed = {}
@@ -383,7 +358,7 @@ class DialogueStore:
                 if marks[name] != self._erased.revision(name):
                     self._histories.pop(name, None)  # forgotten just now
                 elif _same(snapshots[-1], past[name]):
-                    changed[name] = _History.of(history(snapshots, present))
+                    changed[name] = History.of(history(snapshots, present))
             self._keep(changed)
 
     def detach(self, dialogues: Sequence[str]) -> None:
@@ -391,7 +366,7 @@ class DialogueStore:
         with self._lock:
             self._histories.update(
                 {
-                    name: _History.of([x.detach() for x in self._histories[name].snapshots])
+                    name: History.of([x.detach() for x in self._histories[name].snapshots])
                     for name in dialogues
                     if name in self._histories
                 }
@@ -438,7 +413,7 @@ class DialogueStore:
 
     # --- memory -----------------------------------------------------------------------------------
 
-    def _keep(self, histories: Mapping[str, _History]) -> None:
+    def _keep(self, histories: Mapping[str, History]) -> None:
         if self._shared is not None:
             EXPIRY.watch(self)  # again after a fork
         self._histories.update(histories)  # one step, which no interrupt can split
@@ -511,11 +486,6 @@ class DialogueStore:
         }
         self._replace(past, new, lambda history, present: (present,))
         return list(new)
-
-
-def _unknown(revision: str) -> _History:
-    """The history of a dialogue of which there is nothing, if it was erased with its revision."""
-    return _History.of([EMPTY._replace(revision=revision) if revision else EMPTY])
 
 
 def _same(now: Snapshot, past: Snapshot) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mal_kernels.adapter import scope as scopes
-from mal_kernels.errors import ArgumentError, HostError
+from mal_kernels.errors import ArgumentError, HostError, StoreError
 from mal_kernels.testing import tiny_host, tiny_inputs
 from tests.support.adapters import attached
 
@@ -162,3 +162,30 @@ def test_a_report_holds_no_embeddings(host):
     assert not mal.last_turn._heard
     assert not mal.last_turn._written
     assert mal.last_turn.residual_ratio.isfinite().all()
+
+
+def test_called_turns_of_one_dialogue_queue_if_they_may_wait(host):
+    mal, x = attached(host), tiny_inputs(host, [[5]])
+    runs, failures = [], []
+    host.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def turn(wait):
+        try:
+            mal.dialogue("a", wait=wait)(**x)
+        except StoreError as error:
+            failures.append(str(error))
+
+    with mal.dialogues.queue(["a"], 0):  # another turn is under way
+        refused = threading.Thread(target=turn, args=(0,))
+        refused.start()
+        refused.join()
+        queued = threading.Thread(target=turn, args=(600,))
+        queued.start()
+        assert not runs
+    queued.join()
+    assert turns(mal, "a") == [1]
+    assert len(runs) == len(failures) == 1
+    assert "play this one again" in failures[0]
+    with pytest.raises(ArgumentError, match="wait is -1; pass seconds"):
+        mal.dialogue("a", wait=-1)
+    assert_nothing_is_left(mal)
