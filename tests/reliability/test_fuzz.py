@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from examples.serve_vllm import parse, read_audio
 from mal_kernels import MALAdapter, MALConfig, MemoryState, ops
-from mal_kernels.dialogues.files import pack, read_tensors, revision
+from mal_kernels.dialogues.backing import revision_of
+from mal_kernels.dialogues.files import pack, read_tensors
 from mal_kernels.errors import (
     ArgumentError,
     AudioFileError,
@@ -22,6 +23,7 @@ from mal_kernels.errors import (
     HostError,
     MALError,
 )
+from mal_kernels.store import MemoryStore
 from mal_kernels.testing import make_inputs
 from tests.reliability.echo import echo_adapter, turn_tokens
 from tests.reliability.fuzz import TARGETS, Finding, fuzz, run_case, saved_adapter, stored
@@ -59,8 +61,7 @@ def test_nested_headers_and_numbers_without_end(tmp_path):
         blob = len(head).to_bytes(8, "little") + head
         with pytest.raises(CheckpointError):
             new_store().load(write(tmp_path, blob))
-        with pytest.raises(CheckpointError):
-            revision(blob, "bytes")
+        assert len(revision_of(blob)) in (40, 64)  # of any bytes, without reading them as a file
 
 
 def write(folder, blob: bytes):
@@ -180,7 +181,8 @@ def test_any_changed_byte_is_noticed(at, byte):
     blob = bytearray(stored("call-0"))
     blob[at % len(blob)] ^= byte
     _, mal = echo_adapter()
-    mal.dialogues.backing = type("One", (), {"get": lambda self, key: bytes(blob)})()
+    mal.dialogues.backing = backing = MemoryStore()
+    backing.put("call-0", bytes(blob))
     with pytest.raises(CheckpointError):
         mal.dialogues.latest("call-0")
 
