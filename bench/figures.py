@@ -154,7 +154,7 @@ def conversation(figure: Figure, found: Result) -> None:
 
 
 def overhead(figure: Figure, found: Result) -> None:
-    """Draws what the memory adds, as part of each host's call."""
+    """Each host's call, with what the memory adds as a part of it."""
     figure.suptitle("What the memory adds to narrow hosts (112 audio tokens)")
     left, right = figure.subplots(1, 2)
     names = list(found)

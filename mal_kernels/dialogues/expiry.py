@@ -29,7 +29,7 @@ class Expiry:
         self._thread: threading.Thread | None = None
 
     def watch(self, cache: Cache) -> None:
-        """``cache.expire()`` runs now and then, as long as there is a ``cache``."""
+        """Runs ``cache.expire()`` now and then while ``cache`` lives."""
         with self._lock:
             self._caches.add(cache)
             if self._thread is None or not self._thread.is_alive():
