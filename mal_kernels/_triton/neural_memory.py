@@ -176,8 +176,9 @@ def checkpointed(segments: list[MemoryCall]) -> list[MemoryCall]:
     """Each segment from the state that the one before it leaves."""
     # a row that does not begin with a chunk, or not with a segment, is cut inside a chunk
     keeps = segments[0].position is not None or segments[0].cu_seqlens is not None
-    for i, call in enumerate(segments[:-1]):
-        _, _, weights, trace, anchor, position = memory_fwd(call._replace(q=None), keeps=keeps)
+    for i in range(len(segments) - 1):  # by index: each is written into the list before it is read
+        call = segments[i]._replace(q=None)
+        _, _, weights, trace, anchor, position = memory_fwd(call, keeps=keeps)
         state = dict(weights=weights, trace=trace, anchor=anchor)
         segments[i + 1] = segments[i + 1]._replace(**state, position=position if keeps else None)
     return segments
