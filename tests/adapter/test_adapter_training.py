@@ -24,7 +24,7 @@ def gradients(mal: MALAdapter) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", ["embeds", pytest.param(1, marks=pytest.mark.slow)])
 def test_training_through_the_turns_leaves_the_host_alone(host, site):
     before = digest(host)
     mal = attached(host, site, trained=False)

@@ -78,6 +78,7 @@ def run(tmp_path_factory):
     return done.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_times_what_agrees(run):
     printed, speed = run
     agreeing = {n for n in PROVIDERS if "compile" not in n} - {EAGER.name}

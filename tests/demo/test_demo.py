@@ -99,6 +99,7 @@ def test_training_path_and_adapter_agree():
     torch.testing.assert_close(by_fast, by_slow, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_short_training_makes_both_host_and_memory_learn(tmp_path):
     recipe = train.Recipe(dialogues=100, host_steps=160, memory_steps=40)
     host, mal = train.train(recipe, workers=1)

@@ -29,13 +29,12 @@ SPILLS = 0 if triton.__version__.startswith("3.6.") else 64
 
 @functools.cache
 def reports(name, target, every=False):
-    # two pinned sizes; with `every` all, and all that autotuning may choose
+    # the first pinned size; with `every` all, and all that autotuning may choose
     chosen = every
     with mock.patch.dict(os.environ, MAL_AUTOTUNE=str(int(chosen))):
-        return aot.reports(MODULES[name], target, at_most=None if chosen else 2)
+        return aot.reports(MODULES[name], target, at_most=None if chosen else 1)
 
 
-@pytest.mark.timeout(1200)  # two minutes of work for the largest module
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize(
@@ -52,7 +51,6 @@ def test_compiles(target, name, every):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_every_kernel_has_an_example():
     compiled = {report.kernel for name in MODULES for report in reports(name, "sm_90", True)}
     assert compiled >= set().union(*map(aot.kernels_of, MODULES.values()))

@@ -18,7 +18,6 @@ from mal_kernels._native import packing
 from mal_kernels.call import AlignedCall, MemoryCall, ScanCall
 from mal_kernels.testing.emulation import is_found
 
-pytestmark = pytest.mark.timeout(900)  # nvcc compiles every kernel three times
 ROOT = Path(__file__).parents[2]
 PRETENDER = """#!{python}
 import sys, pathlib

@@ -80,7 +80,7 @@ def scan_first(names, source_of):
     return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+@pytest.mark.parametrize("sanitizer", [pytest.param("thread", marks=pytest.mark.slow), "address"])
 @pytest.mark.parametrize("source", scan_first(CASES, str))
 def test_sanitizers_find_nothing(source, sanitizer, folder, monkeypatch):
     serve(monkeypatch, in_program(program(folder, source, sanitizer)))

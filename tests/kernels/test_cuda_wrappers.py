@@ -460,5 +460,6 @@ def test_no_wrapper_is_left_out():
 
 
 @pytest.mark.skipif(not is_found(build.find_nvcc), reason="nvcc is not installed")
+@pytest.mark.slow
 def test_compiles_for_every_target(tmp_path):
     nvcc(tmp_path / "wrappers.so", [*build.TARGETS], *build.GATE)

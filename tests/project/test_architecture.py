@@ -120,6 +120,7 @@ def test_import_loads_torch_only():
     assert by_us == by_torch
 
 
+@pytest.mark.slow
 def test_import_is_nearly_free():
     # processor time: a busy machine stretches the clock on the wall
     code = "import time, {}; print(time.process_time())"

@@ -108,7 +108,13 @@ class Crash(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("changes", [{}, dict(window=5, accumulation=2)], ids=["whole", "windows"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="whole"),
+        pytest.param(dict(window=5, accumulation=2), id="windows", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_goes_on_to_the_same_losses(bench, tmp_path, changes):
     train(bench, tmp_path / "whole", **changes)
     with pytest.raises(KeyboardInterrupt):
@@ -148,6 +154,7 @@ def test_options_of_training(bench, tmp_path, changes):
     assert bool(model.lora) == any("lora_" in name for name in model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_table_collects_finished_jobs(bench, tmp_path):
     jobs = tmp_path / "jobs"
     for arm, seed in (("gated-speaker", 0), ("gated-speaker", 1), ("never-written", 0)):
@@ -182,6 +189,7 @@ def test_checkpointed_gradients_are_the_same(bench):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(bench, tmp_path):
     """DDP through the Trainer, and FSDP2 on the model: losses and gradients of one process."""
     with socket.socket() as free:
