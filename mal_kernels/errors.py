@@ -1,4 +1,4 @@
-"""Every exception the library raises on purpose.
+"""Every exception and warning the library raises on purpose.
 
 Each message names the argument, what it was, what was expected and what to do about it, and is
 raised before any state changes.
@@ -40,6 +40,30 @@ class AudioFileError(MALError, ValueError):
 
 class MissingPackage(MALError, ImportError):
     """A package is not installed that only some of the library needs; the message says how to."""
+
+
+class MALWarning(UserWarning):
+    """Base of all warnings, each given once an adapter; ``warnings.filterwarnings`` turns them off.
+
+    They go to the logger ``mal_kernels`` as well, where logging is set up.
+
+    Example:
+        >>> import warnings
+        >>> from mal_kernels import NoDialogueWarning
+        >>> warnings.filterwarnings("ignore", category=NoDialogueWarning)
+    """
+
+
+class TrainingWarning(MALWarning):
+    """Training leaves the memory, or what writes it, as it was; the message says how not to."""
+
+
+class NoDialogueWarning(MALWarning):
+    """A trained adapter was called outside of any dialogue, so it remembers nothing."""
+
+
+class DetachedWarning(MALWarning):
+    """Another library took the adapter out of the host."""
 
 
 @contextmanager

@@ -156,8 +156,8 @@ class MALAdapter(nn.Module):
                 parameter.requires_grad_(False)
             undo.callback(host.checkpoint_again, site)
             hooks.attach(undo)
-            undo.callback(setattr, self._scopes, "host", None)
-            self._scopes.host = model
+            undo.callback(self._scopes.attached_to, None)
+            self._scopes.attached_to(model, hooks.guards.opened)
             self._attachment = _Attachment(host, hooks, undo.pop_all())
         return self
 

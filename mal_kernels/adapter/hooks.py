@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from ..dialogues import Dialogue, TurnReport
 from ..errors import ArgumentError, HostError
 from ..hosts import Host
 from ..memory import NeuralMemory
+from .guards import Guards
 from .scope import Scope, Scopes
 from .turn import Turn
 
@@ -49,6 +51,7 @@ class Hooks:
     ) -> None:
         self.host, self.site, self.memory, self.config = host, site, memory, config
         self.scopes, self.on_turn = scopes, on_turn
+        self.guards = Guards(memory, lambda: is_hooked(host.model))
         self.attached = self._is_site = False
         # by thread, which a call of the host never leaves: turns of a generate that is under way,
         # and of a forward call with audio that is
@@ -74,6 +77,7 @@ class Hooks:
         reads_embeds = self.config.site == "embeds"
         self.attached = True
         undo.callback(setattr, self, "attached", False)
+        undo.callback(self.guards.stop)
         handles = []
         if projector is not None or (reads_embeds and not encoder):
             embeds = self.host.site("embeds")
@@ -164,6 +168,7 @@ class Hooks:
                 "the host is called, or run the call in a contextvars.copy_context(), as "
                 "asyncio.to_thread does."
             )
+        self.guards.turn(in_dialogue=scope.dialogue is not None, generating=generating)
         return Turn(
             self.memory(),
             scope.dialogue,
@@ -353,5 +358,10 @@ def _inert() -> Hooks:
 
 
 def is_hooked(model: nn.Module) -> bool:
-    """Whether an adapter is attached to ``model``."""
-    return isinstance(model.__dict__.get("forward"), _Around)
+    """Whether an adapter is attached to ``model``, maybe inside of what others put around it."""
+    forward = model.__dict__.get("forward")
+    return isinstance(inspect.unwrap(forward, stop=_is_around), _Around) if forward else False
+
+
+def _is_around(function: Any) -> bool:
+    return isinstance(function, _Around)

@@ -107,11 +107,15 @@ class Scopes:
     """
 
     def __init__(self) -> None:
-        self.host: Any = None
+        self.attached_to(None)
         self.dialogues: dict[Scope, int] = {}
         self.masks: dict[Scope, int] = {}
         # by thread: what a `with` statement holds from before it enters
         self._prepared: dict[int, weakref.ref[Opening]] = {}
+
+    def attached_to(self, host: Any, on_open: Callable[[], None] | None = None) -> None:
+        """Says what a dialogue calls, and what runs before one is opened or called."""
+        self.host, self._on_open = host, on_open or _nothing
 
     def innermost(self) -> Scope:
         """The scope of this thread or task, which may be closed."""
@@ -160,6 +164,7 @@ class Scopes:
         """
         if self.host is None:
             raise HostError("the adapter is not attached to a host; call attach(model) first.")
+        self._on_open()
         with self.within(dialogue=dialogue):
             return getattr(self.host, method)(*args, **kwargs)
 
@@ -171,6 +176,7 @@ class Scopes:
 
     def enter(self, dialogue: Dialogue, frame: FrameType) -> None:
         """Opens what was prepared for ``dialogue``, or what its scope holds until left by hand."""
+        self._on_open()
         prepared = self._prepared.pop(get_ident(), None)
         opening = prepared() if prepared else None
         by_hand = opening is None or opening.scope or opening.says["dialogue"] is not dialogue
@@ -184,6 +190,10 @@ class Scopes:
         opening = next(filter(None, held), None)
         if opening is not None:
             opening.leave()
+
+
+def _nothing() -> None:
+    """Runs before a dialogue is opened, where nothing is to be looked at."""
 
 
 def _refuse_generators(frame: FrameType | None) -> None:

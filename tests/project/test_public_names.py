@@ -18,8 +18,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = {
     "mal_kernels": [
         *("ArgumentError", "AudioFileError", "BackendUnavailable", "CheckpointError"),
-        *("Dialogue", "DialogueStore", "HostError", "HostSpec", "MALAdapter", "MALConfig"),
-        *("MALError", "MemoryState", "MissingPackage", "NeuralMemory", "StoreError", "TurnReport"),
+        *("DetachedWarning", "Dialogue", "DialogueStore", "HostError", "HostSpec", "MALAdapter"),
+        *("MALConfig", "MALError", "MALWarning", "MemoryState", "MissingPackage", "NeuralMemory"),
+        *("NoDialogueWarning", "StoreError", "TrainingWarning", "TurnReport"),
         "ops",
         "register_host",
     ],
