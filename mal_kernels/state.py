@@ -31,6 +31,8 @@ class MemoryState(NamedTuple):
         >>> state = MemoryState(w, tuple(torch.zeros_like(x) for x in w))
         >>> state.batch_size, state.nbytes
         (2, 65536)
+        >>> state
+        MemoryState(2 rows, 4 heads, layers 16×32 32×16, float32 on cpu, 65,536 bytes)
     """
 
     weights: tuple[Tensor, ...]
@@ -54,6 +56,16 @@ class MemoryState(NamedTuple):
         full = [s._with_position() for s in states]
         weights, momentum, anchor, position = zip(*full, strict=True)
         return cls(_cat(weights), _cat(momentum), _cat(anchor), torch.cat(position))
+
+    def __repr__(self) -> str:
+        first = self.weights[0]
+        layers = " ".join("×".join(map(str, w.shape[2:])) for w in self.weights)
+        dtype = str(first.dtype).removeprefix("torch.")
+        inside = "" if self.anchor is None else ", inside a chunk"
+        return (
+            f"MemoryState({first.shape[0]} rows, {first.shape[1]} heads, layers {layers}, "
+            f"{dtype} on {first.device}, {self.nbytes:,} bytes{inside})"
+        )
 
     @property
     def batch_size(self) -> int:

@@ -72,8 +72,10 @@ class Dialogue:
         >>> host = tiny_host("qwen2_audio")
         >>> mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(host)
         >>> dialogue = mal.dialogue(["call-17", "call-18"], speaker="A")
-        >>> dialogue.ids, dialogue.speakers, dialogue.state.batch_size
-        (('call-17', 'call-18'), ('A', 'A'), 2)
+        >>> dialogue
+        Dialogue('call-17' of 'A', 'call-18' of 'A')
+        >>> dialogue.state.batch_size
+        2
         >>> answer = dialogue.generate(**tiny_inputs(host, [[6], [4]]), max_new_tokens=2)
         >>> dialogue.turns
         [1, 1]
@@ -116,6 +118,11 @@ class Dialogue:
                     f"{argument} is {given!r} for {len(self.ids)} dialogues; pass a string or "
                     "None, or a list with one of them per dialogue."
                 )
+
+    def __repr__(self) -> str:
+        rows = zip(self.ids, self.speakers, strict=True)
+        each = (f"{name!r}" + (f" of {who!r}" if who else "") for name, who in rows)
+        return f"Dialogue({', '.join(each)})"
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Calls ``generate`` of the host, as one turn of this dialogue, and returns its answer.

@@ -37,8 +37,8 @@ class TurnReport:
         >>> mal = MALAdapter(MALConfig(heads=2, head_dim=8)).attach(host)
         >>> with mal.dialogue("call-17"):
         ...     _ = host.generate(**tiny_inputs(host, [[5, 4]]))
-        >>> mal.last_turn.tokens, mal.last_turn.skipped
-        ([9], 0)
+        >>> mal.last_turn
+        TurnReport(tokens=[9], resent=[0], skipped=0)
     """
 
     def __init__(self, rows: int, memory: Gates) -> None:
@@ -52,6 +52,9 @@ class TurnReport:
         # [rows] or [rows, H], on the device of the host
         self._means = {"surprise": torch.full((rows,), NAN), "ratio": torch.full((rows,), NAN)}
         self._means |= {name: torch.full((rows, memory.heads), NAN) for name in GATES}
+
+    def __repr__(self) -> str:
+        return f"TurnReport(tokens={self.tokens}, resent={self.resent}, skipped={self.skipped})"
 
     def heard(self, row: int, before: Tensor, after: Tensor) -> None:
         """Adds the tokens of a new clip, before and after the read."""
