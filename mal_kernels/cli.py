@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 from mal_kernels import __version__, ops
+from mal_kernels.console import errors_without_traceback
 from mal_kernels.errors import ArgumentError, BackendUnavailable, MALError, needs
 
 # what doctor reports, and how to get it
@@ -215,14 +214,3 @@ def _devices() -> Iterator[tuple[str, str]]:
             f"none: {'no GPU is visible' if built else 'this torch is built for the CPU only'}",
         )
     yield "nvcc", shutil.which("nvcc") or "not on PATH: the CUDA kernels cannot be built here"
-
-
-@contextmanager
-def errors_without_traceback() -> Iterator[None]:
-    """Turns what the library refuses into its message and exit code 1."""
-    try:
-        yield
-    except MALError as error:
-        message = Text.assemble((type(error).__name__, "red"), f": {error}")
-        Console(stderr=True).print(message, soft_wrap=True)
-        raise typer.Exit(1) from error

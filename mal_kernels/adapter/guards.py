@@ -23,7 +23,7 @@ STEPS = 2
 
 
 class Guards:
-    """What the adapter looks out for; each warning is given once.
+    """Guards look out for training and calls that would be for nothing, and warn once of each.
 
     Optimizers are watched from the first call of the host that builds a graph until all the
     trainable tensors of the memory were seen with a gradient, and not at all in inference.

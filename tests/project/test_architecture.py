@@ -27,8 +27,9 @@ LAYERS = (
     ("memory", "dialogues", "hosts"),
     ("adapter", "store"),
     ("__init__",),
-    ("testing", "integrations"),
-    ("demo", "train", "ser", "serve"),
+    ("testing", "integrations", "console"),
+    ("demo", "train"),
+    ("ser", "serve"),
     ("cli",),
     ("__main__",),
 )

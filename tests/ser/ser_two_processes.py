@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from examples.ser import runs
-from examples.ser.model import DialogueModel, collate
-from examples.ser.train import Settings
+from mal_kernels.ser import runs
+from mal_kernels.ser.model import DialogueModel, collate
+from mal_kernels.ser.train import Settings
 
 # ragged by the window: rows end at different steps, and labelled turns differ between the ranks
 SETTINGS = dict(steps=5, batch=2, warmup=0, window=6, dialogues=6, head_dim=4, lr=3e-3)

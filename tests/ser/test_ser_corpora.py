@@ -9,9 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from examples.ser import iemocap, m3ed, meld, multidialog
-from examples.ser.corpus import Corpus, CorpusError, Dialogue, Turn, read_audio
 from mal_kernels.errors import AudioFileError
+from mal_kernels.ser.corpora import (
+    Corpus,
+    CorpusError,
+    Dialogue,
+    Turn,
+    iemocap,
+    m3ed,
+    meld,
+    multidialog,
+    read_audio,
+)
 from tests.support.corpora import (
     TURNS,
     label_line,

@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from examples.ser import controls, synthetic
-from examples.ser.corpus import Corpus, Dialogue, Turn
-from examples.ser.cost import cost
-from examples.ser.host import EncodedDialogue, EncodedTurn, Listener, encode_corpus, load_listener
-from examples.ser.memories import ARMS, NEVER
-from examples.ser.model import collate, new_model
-from examples.ser.scoring import generate, index_turns, score_dialogues, score_host
-from examples.ser.stream import play
 from mal_kernels.errors import ArgumentError
+from mal_kernels.ser import controls
+from mal_kernels.ser.corpora import Corpus, Dialogue, Turn, synthetic
+from mal_kernels.ser.cost import cost
+from mal_kernels.ser.host import (
+    EncodedDialogue,
+    EncodedTurn,
+    Listener,
+    encode_corpus,
+    load_listener,
+)
+from mal_kernels.ser.memories import ARMS, NEVER
+from mal_kernels.ser.model import collate, new_model
+from mal_kernels.ser.scoring import generate, index_turns, score_dialogues, score_host
+from mal_kernels.ser.stream import play
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing.*:FutureWarning"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from examples.ser import report, runs
-from examples.ser.__main__ import app
-from examples.ser.evaluate import Evaluation, Verdict, as_json, verdicts
-from examples.ser.host import encode_corpus, load_listener
-from examples.ser.metrics import by_history, calibration_error, compare, interval, summary
-from examples.ser.scoring import Scored, as_scored, index_turns
-from examples.ser.synthetic import build
+from mal_kernels.ser import report, runs
+from mal_kernels.ser.__main__ import app
+from mal_kernels.ser.corpora.synthetic import build
+from mal_kernels.ser.evaluate import Evaluation, Verdict, as_json, verdicts
+from mal_kernels.ser.host import encode_corpus, load_listener
+from mal_kernels.ser.metrics import by_history, calibration_error, compare, interval, summary
+from mal_kernels.ser.scoring import Scored, as_scored, index_turns
 from tests.support.corpora import write_iemocap, write_meld, write_wav
 
 MODULES = ("metrics", "synthetic", "model", "stream", "meld", "controls", "scoring")
@@ -23,7 +23,7 @@ MODULES = ("metrics", "synthetic", "model", "stream", "meld", "controls", "scori
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name):
-    module = importlib.import_module(f"examples.ser.{name}")
+    module = importlib.import_module(f"mal_kernels.ser.{name}")
     extra = {"torch": importlib.import_module("torch"), "np": np}
     result = doctest.testmod(module, extraglobs=extra, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 0

@@ -5,9 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from examples.ser import synthetic
-from examples.ser.corpus import CorpusError, read_audio
 from mal_kernels.demo import synth
+from mal_kernels.ser.corpora import CorpusError, read_audio, synthetic
 
 
 @pytest.mark.parametrize("variant", synthetic.VARIANTS)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from examples.ser import benchmark, runs
-from examples.ser.model import collate
-from examples.ser.stream import RankSampler, WindowLoader, plan
-from examples.ser.train import Settings
 from mal_kernels.errors import ArgumentError, CheckpointError
+from mal_kernels.ser import benchmark, runs
+from mal_kernels.ser.model import collate
+from mal_kernels.ser.stream import RankSampler, WindowLoader, plan
+from mal_kernels.ser.train import Settings
 
 ROOT = Path(__file__).parents[2]
 TWO = Path(__file__).with_name("ser_two_processes.py")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from examples.ser.corpus import Corpus, CorpusError, Dialogue, Turn
+from . import Corpus, CorpusError, Dialogue, Turn
 
 LINE = re.compile(
     r"^\[(\d+\.\d+)\s*-\s*(\d+\.\d+)\]\s+(\S+)\s+(\w{3})\s+\[([\d.]+),\s*([\d.]+),\s*([\d.]+)\]"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.ser.scoring import Scored
+from .scoring import Scored
 
 
 def summary(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from examples.ser.corpus import Corpus, CorpusError, Dialogue, Turn
+from . import Corpus, CorpusError, Dialogue, Turn
 
 LABELS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 # split → name in the files, folder of its clips

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from examples.ser.controls import CONTROLS
+from .controls import CONTROLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ def markdown(results: Mapping[str, Any], picture: str) -> str:
     """The report.
 
     Args:
-        results: of :func:`examples.ser.evaluate.as_json`, with ``about`` (settings by name),
+        results: of :func:`mal_kernels.ser.evaluate.as_json`, with ``about`` (settings by name),
             ``corpus`` (its name) and maybe ``cost``.
         picture: where it is.
     """
@@ -144,7 +144,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> Path:
 
 
 def _draw_history(axes: Axes, results: Mapping[str, Any]) -> None:
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         "memory": dict(color=MEMORY, marker="o", linewidth=2.5),
         "host alone": dict(color=HOST, marker="o"),
         "never-written": dict(color=OTHER, marker="s"),

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from examples.ser import controls as c
-from examples.ser import synthetic
-from examples.ser.host import EncodedDialogue
-from examples.ser.metrics import (
+from ..demo import synth
+from . import controls as c
+from .corpora import synthetic
+from .host import EncodedDialogue
+from .metrics import (
     Difference,
     by_history,
     compare,
@@ -20,10 +21,9 @@ from examples.ser.metrics import (
     per_class,
     summary,
 )
-from examples.ser.model import DialogueModel
-from examples.ser.runs import SYNTHETIC, Bench
-from examples.ser.scoring import Scored, score_dialogues, score_host
-from mal_kernels.demo import synth
+from .model import DialogueModel
+from .runs import SYNTHETIC, Bench
+from .scoring import Scored, as_scored, score_dialogues, score_host
 
 LEVEL = 0.05
 
@@ -131,7 +131,7 @@ def evaluate(
         bench: with splits ``validation`` and ``test``.
         corpus: its name.
         others: runs to compare with, by name; ``never-written`` is needed to show anything.
-        controls: whether to run those of :data:`examples.ser.controls.CONTROLS`.
+        controls: whether to run those of :data:`mal_kernels.ser.controls.CONTROLS`.
         on_step: called with the name of everything that is done.
     """
     dialogues = bench.encoded["test"]
@@ -145,7 +145,7 @@ def evaluate(
     scored["host alone"] = host["test"]
     weight = c.best_smoothing(host["validation"], bench.encoded["validation"])
     smooth = c.smoothed(host["test"], dialogues, weight)
-    scored["smoothed host"] = c.as_scored(dialogues, smooth)
+    scored["smoothed host"] = as_scored(dialogues, smooth)
     on_step("host alone")
     for name, other in (others or {}).items():
         scored[name] = score_dialogues(other, dialogues)

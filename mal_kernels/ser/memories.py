@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mal_kernels import MALAdapter, MALConfig, MemoryState, NeuralMemory
-from mal_kernels.errors import ArgumentError
-from mal_kernels.memory import Clips, recall
+from .. import MALAdapter, MALConfig, MemoryState, NeuralMemory
+from ..errors import ArgumentError
+from ..memory import Clips, recall
 
 State = tuple[Tensor, ...]  # each [R, ...]
 LINEAR = dict(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.ser.host import IGNORED, EncodedDialogue, EncodedTurn, Listener
-from examples.ser.memories import Arm, State, TitansMemory, build_memory, lora_rank
-from mal_kernels.errors import ArgumentError
-from mal_kernels.hosts import find_decoder
+from ..errors import ArgumentError
+from ..hosts import find_decoder
+from .host import IGNORED, EncodedDialogue, EncodedTurn, Listener
+from .memories import Arm, State, TitansMemory, build_memory, lora_rank
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -86,7 +86,7 @@ class DialogueModel(nn.Module):
     The memory sits at the input embeddings, which do not depend on it: a window is first recalled
     turn by turn, then all its turns go through the decoder at once. The same as one call of the
     host per turn through the hooks of :class:`mal_kernels.MALAdapter`, which
-    :func:`examples.ser.stream.play` does.
+    :func:`mal_kernels.ser.stream.play` does.
 
     Args:
         listener: the host.
@@ -101,6 +101,9 @@ class DialogueModel(nn.Module):
     """
 
     accepts_loss_kwargs = True  # the Trainer passes the labelled turns of the whole batch
+    answers: Tensor  # [L, N], padded with IGNORED
+    memory: Any  # of memories.py; None for an arm without one
+    host: Any
 
     def __init__(
         self,
@@ -113,11 +116,11 @@ class DialogueModel(nn.Module):
     ) -> None:
         super().__init__()
         self.arm, self.slots = arm, speakers if arm.by_speaker else 1
-        decoder = find_decoder(listener.model)
+        decoder: Any = find_decoder(listener.model)
         width = decoder.config.hidden_size
         self.memory = build_memory(arm, width, **changes)
         if arm.kind in ("lora", "prompt"):
-            like = build_memory(Arm(""), width, **changes)
+            like: Any = build_memory(Arm(""), width, **changes)
             lora = lora_rank(sum(p.numel() for p in like.parameters()), decoder, LORA_TARGETS)
         self.host = listener.model.requires_grad_(False)
         self.lora = lora
@@ -126,7 +129,7 @@ class DialogueModel(nn.Module):
         self.carried: State | None = None  # of the rows of the last window, [B * slots, ...]
         answers = [torch.tensor(answer) for answer in listener.answers]
         padded = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
-        self.register_buffer("answers", padded, persistent=False)  # [L, N]
+        self.register_buffer("answers", padded, persistent=False)
 
     # --- one window -------------------------------------------------------------------------------
 
@@ -297,7 +300,7 @@ class DialogueModel(nn.Module):
         new = getattr(self.host, "activation_checkpointing_enable", None)  # transformers >= 5.23
         (new or self.host.gradient_checkpointing_enable)()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Returns what is trained, never the frozen host."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         mine = {name for name, _ in self.named_parameters() if name.startswith("memory.")}

@@ -1,4 +1,4 @@
-"""``python -m examples.ser``: check, prepare, train, evaluate, demo, table."""
+"""``python -m mal_kernels.ser``: check, prepare, train, evaluate, demo, table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mal_kernels.cli import errors_without_traceback
+from ..console import errors_without_traceback
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
@@ -37,7 +37,7 @@ def _bars() -> Iterator[Progress]:
 @app.command()
 def check(corpus: CorpusName, root: Root = None) -> None:
     """Count what a directory holds, against the complete corpus; exit code 1 if they differ."""
-    from examples.ser.runs import open_corpus
+    from .runs import open_corpus
 
     with errors_without_traceback():
         found = open_corpus(corpus, root)
@@ -66,9 +66,9 @@ def prepare(
     workers: Annotated[int, typer.Option(min=1, help="ffmpeg processes.")] = 4,
 ) -> None:
     """Extract MELD's sound, and encode every turn with the host; can be stopped and run again."""
-    from examples.ser import meld
-    from examples.ser.runs import open_bench, open_corpus
-    from examples.ser.train import Settings
+    from .corpora import meld
+    from .runs import open_bench, open_corpus
+    from .train import Settings
 
     with errors_without_traceback(), _bars() as bars:
         if corpus == "meld" and root is not None:
@@ -97,7 +97,7 @@ def _follow(bars: Progress, title: str, steps: int) -> Any:
     """A callback of the Trainer that moves a bar."""
     from transformers import TrainerCallback
 
-    class Follow(TrainerCallback):
+    class Follow(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.task = bars.add_task(title, total=steps, completed=state.global_step)
 
@@ -149,9 +149,9 @@ def train(
     list_arms: Annotated[bool, typer.Option("--list-arms", help="Show the arms and stop.")] = False,
 ) -> None:
     """Train one arm on one corpus; also under ``accelerate launch`` or ``torchrun``."""
-    from examples.ser.memories import ARMS
-    from examples.ser.runs import open_bench, train_run
-    from examples.ser.train import Settings
+    from .memories import ARMS
+    from .runs import open_bench, train_run
+    from .train import Settings
 
     if list_arms:
         table = Table("arm", "what it is")
@@ -186,8 +186,8 @@ def evaluate(
     cache: Cache = None,
 ) -> None:
     """Score a run on the test dialogues, run the controls, and write a report."""
-    from examples.ser.runs import load_run, open_bench
-    from examples.ser.train import Settings
+    from .runs import load_run, open_bench
+    from .train import Settings
 
     with errors_without_traceback(), _bars() as bars:
         settings = Settings.load(run)
@@ -210,11 +210,11 @@ def _report(
     controls: bool,
     out: Path,
 ) -> dict[str, Any]:
-    from examples.ser import report
-    from examples.ser.cost import cost
-    from examples.ser.evaluate import as_json
-    from examples.ser.evaluate import evaluate as score
-    from examples.ser.memories import TitansMemory
+    from . import report
+    from .cost import cost
+    from .evaluate import as_json
+    from .evaluate import evaluate as score
+    from .memories import TitansMemory
 
     task = bars.add_task("Scoring", total=None)
     result = score(
@@ -241,7 +241,7 @@ def _report(
 
 def _generate(model: Any, bench: Any, values: dict[str, Any], out: Path) -> None:
     """Adds accuracy and parse failures of written answers to ``evaluation.json``."""
-    from examples.ser.scoring import generate, index_turns
+    from .scoring import generate, index_turns
 
     dialogues = bench.encoded["test"]
     classes, labels = generate(model, bench.listener(), dialogues), index_turns(dialogues)[:, 2]
@@ -279,9 +279,9 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Synthetic dialogues, a memory and its never-written twin, controls and a report."""
-    from examples.ser.runs import for_arm, open_bench, train_run
-    from examples.ser.train import Settings
-    from mal_kernels.demo.show import one_thread
+    from ..demo.show import one_thread
+    from .runs import for_arm, open_bench, train_run
+    from .train import Settings
 
     settings = Settings(arm=arm, steps=steps, dialogues=dialogues, seed=seed)
     with errors_without_traceback(), one_thread(), _bars() as bars:
@@ -305,7 +305,7 @@ def table(
     picture: Annotated[Path, typer.Option(help="Its figure.")] = Path("ser-synthetic.png"),
 ) -> None:
     """Train and control every arm with three seeds, and collect the table; can be stopped."""
-    from examples.ser import benchmark
+    from . import benchmark
 
     with errors_without_traceback(), _bars() as bars:
         first, every = map(int, share.split("/"))

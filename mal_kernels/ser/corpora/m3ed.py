@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from examples.ser.corpus import Corpus, CorpusError, Dialogue, Turn
+from . import Corpus, CorpusError, Dialogue, Turn
 
 LABELS = ("Neutral", "Happy", "Surprise", "Sad", "Disgust", "Anger", "Fear")
 SPLITS = {"train": "train", "val": "validation", "test": "test"}

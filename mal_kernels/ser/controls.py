@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from examples.ser.host import EncodedDialogue, EncodedTurn
-from examples.ser.model import DialogueModel, collate
-from examples.ser.scoring import Scored, as_scored, index_turns
+from .host import EncodedDialogue, EncodedTurn
+from .model import DialogueModel, collate
+from .scoring import Scored, as_scored, index_turns
 
 Reference = tuple[int, int]  # dialogue, turn
 BATCH_FLOATS = 2**26  # numbers in the audio tokens of one batch of histories

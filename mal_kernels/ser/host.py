@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from examples.ser.corpus import SAMPLE_RATE, Corpus, Dialogue, Turn, read_audio
-from mal_kernels.dialogues.files import read_tensors, write_tensors
-from mal_kernels.errors import ArgumentError, HostError
-from mal_kernels.hosts import Host
+from ..dialogues.files import read_tensors, write_tensors
+from ..errors import ArgumentError, HostError
+from ..hosts import Host
+from .corpora import SAMPLE_RATE, Corpus, Dialogue, Turn, read_audio
 
 DEMO = "demo"  # the small Qwen2-Audio that ships with mal_kernels
 INSTRUCTION = "Classify the emotion of the speaker. Options: {labels}. Answer with one word."
@@ -81,7 +81,7 @@ def load_listener(
         ArgumentError: the demo's host has too few words for ``labels``.
     """
     if name == DEMO:
-        from mal_kernels.demo import small_host, train
+        from ..demo import small_host, train
 
         model, _ = train.load()
         known = set(labels) <= set(small_host.ANSWERS["emotion"])
@@ -192,7 +192,7 @@ def encode(model: nn.Module, inputs: dict[str, Tensor]) -> list[EncodedTurn]:
     ]
 
 
-class _Sounds(torch.utils.data.Dataset):
+class _Sounds(torch.utils.data.Dataset[Any]):
     """Reads the sound of turn after turn; in workers."""
 
     def __init__(self, turns: Sequence[Turn]) -> None:

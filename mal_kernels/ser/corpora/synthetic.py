@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from examples.ser.corpus import SAMPLE_RATE, SPLITS, Corpus, CorpusError, Dialogue, Turn
-from mal_kernels.demo import synth
+from ...demo import synth
+from . import SAMPLE_RATE, SPLITS, Corpus, CorpusError, Dialogue, Turn
 
 TURNS, SPEAKERS = 16, 2
 SECONDS = synth.CLIP_SAMPLES / SAMPLE_RATE

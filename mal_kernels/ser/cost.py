@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.ser.host import EncodedDialogue
-from examples.ser.model import DialogueModel
-from examples.ser.stream import play
+from .host import EncodedDialogue
+from .model import DialogueModel
+from .stream import play
 
 WARM_UP = 3  # turns
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from examples.ser.host import IGNORED, EncodedDialogue, Listener
-from examples.ser.memories import Arm
-from examples.ser.model import DialogueModel, collate
+from .host import IGNORED, EncodedDialogue, Listener
+from .memories import Arm
+from .model import DialogueModel, collate
 
 TOKENS = 60_000  # positions in one call, which bounds the memory that it takes
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from examples.ser.host import EncodedDialogue
-from examples.ser.model import DialogueModel, collate
+from .host import EncodedDialogue
+from .model import DialogueModel, collate
 
 
 class Part(NamedTuple):
@@ -79,7 +79,7 @@ class RankSampler:
         return (step[mine] for step in self._plan())
 
 
-class _Parts(Dataset):
+class _Parts(Dataset[Any]):
     """Looks parts up."""
 
     def __init__(self, dialogues: Sequence[EncodedDialogue]) -> None:
@@ -93,14 +93,14 @@ class _Parts(Dataset):
         return dialogue, part.start, part.stop
 
 
-class WindowLoader(DataLoader):
+class WindowLoader(DataLoader[Any]):
     """Windows of ``dialogues`` for one rank, each a dict for :class:`DialogueModel`."""
 
     def __init__(self, dialogues: Sequence[EncodedDialogue], sampler: RankSampler) -> None:
         self.sampler_of_parts = sampler
         super().__init__(
             _Parts(dialogues),
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             collate_fn=partial(_collate, sampler.window, dialogues[0]),
         )
 
@@ -125,7 +125,7 @@ def _collate(
 
 def play(
     model: DialogueModel, dialogues: Sequence[EncodedDialogue], *, enabled: bool = True
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor]:
     """Dialogues turn by turn through the hooks of :class:`mal_kernels.MALAdapter`.
 
     The definition that :class:`DialogueModel` computes at once; also for sites inside the decoder.

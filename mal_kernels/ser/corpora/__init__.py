@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mal_kernels.errors import ArgumentError, AudioFileError
+from ...errors import ArgumentError, AudioFileError
 
 SAMPLE_RATE = 16_000
 MIN_SECONDS, MAX_SECONDS = 0.1, 30.0  # shorter clips hold no speech; Whisper hears 30 s
@@ -141,7 +141,7 @@ def _read_file(path: Path) -> np.ndarray:
 
     if not path.is_file():
         raise AudioFileError(
-            f"{path}: no such file; run `python -m examples.ser check` to see what is missing."
+            f"{path}: no such file; run `python -m mal_kernels.ser check` to see what is missing."
         )
     try:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from examples.ser.host import EncodedDialogue
-from examples.ser.metrics import summary
-from examples.ser.model import DialogueModel
-from examples.ser.scoring import score_dialogues
-from examples.ser.stream import RankSampler, WindowLoader
-from mal_kernels.dialogues.files import read_tensors, write_tensors
-from mal_kernels.errors import CheckpointError
+from ..dialogues.files import read_tensors, write_tensors
+from ..errors import CheckpointError
+from .host import EncodedDialogue
+from .metrics import summary
+from .model import DialogueModel
+from .scoring import score_dialogues
+from .stream import RankSampler, WindowLoader
 
 SETTINGS = "settings.json"
 CARRIED = "carried state"
@@ -31,7 +31,7 @@ class Settings:
     Attributes:
         corpus: ``synthetic:<variant>`` or the name of a corpus.
         root: its directory, for real ones.
-        arm: a key of :data:`examples.ser.memories.ARMS`.
+        arm: a key of :data:`mal_kernels.ser.memories.ARMS`.
         host: the demo, or a model id.
         fold: which session of IEMOCAP is the test.
         seed: of weights and of the order of dialogues.
@@ -88,7 +88,7 @@ class Settings:
         return cls(**json.loads(path.read_text()))
 
 
-class _CarriedState(TrainerCallback):
+class _CarriedState(TrainerCallback):  # type: ignore[misc]
     """Keeps what the memories hold in the middle of dialogues with every checkpoint."""
 
     def __init__(self, model: DialogueModel) -> None:
@@ -112,7 +112,7 @@ class _CarriedState(TrainerCallback):
             self.model.carried = tuple(tensors[str(i)] for i in range(len(tensors)))
 
 
-class DialogueTrainer(Trainer):
+class DialogueTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose batches are windows of dialogues and whose validation is by dialogue.
 
     Args:
@@ -168,8 +168,9 @@ class DialogueTrainer(Trainer):
             "eval_macro_f1": found["macro-F1"],
         }
         self.log(metrics)
+        trainer: Any = self
         self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
+            self.args, self.state, trainer.control, metrics
         )
         return metrics
 

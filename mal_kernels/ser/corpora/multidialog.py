@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from examples.ser.corpus import Corpus, CorpusError, Dialogue, Turn
+from . import Corpus, CorpusError, Dialogue, Turn
 
 LABELS = (
     "Neutral",

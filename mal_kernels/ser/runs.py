@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from examples.ser import iemocap, m3ed, meld, multidialog, synthetic
-from examples.ser.corpus import Corpus, CorpusError
-from examples.ser.host import EncodedDialogue, Listener, encode_corpus, load_listener
-from examples.ser.memories import ARMS, TitansMemory
-from examples.ser.model import DialogueModel, new_model
-from examples.ser.train import DialogueTrainer, Settings, arguments
-from mal_kernels.dialogues.files import read_tensors, write_tensors
-from mal_kernels.errors import ArgumentError
+from ..dialogues.files import read_tensors, write_tensors
+from ..errors import ArgumentError
+from .corpora import Corpus, CorpusError, iemocap, m3ed, meld, multidialog, synthetic
+from .host import EncodedDialogue, Listener, encode_corpus, load_listener
+from .memories import ARMS, TitansMemory
+from .model import DialogueModel, new_model
+from .train import DialogueTrainer, Settings, arguments
 
 WEIGHTS, KIND = "model.safetensors", "dialogue model"
 SYNTHETIC = "synthetic:"

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from examples.ser import controls as c
-from examples.ser.evaluate import caps, figures
-from examples.ser.metrics import compare
-from examples.ser.runs import TEST, Bench, open_bench, train_run
-from examples.ser.scoring import Scored, score_dialogues, score_host
-from examples.ser.train import Settings
-from mal_kernels.demo.show import one_thread
+from ..demo.show import one_thread
+from . import controls as c
+from .evaluate import caps, figures
+from .metrics import compare
+from .runs import TEST, Bench, open_bench, train_run
+from .scoring import Scored, score_dialogues, score_host
+from .train import Settings
 
 SIZES = {"baseline": (1000, 2000), "trap": (250, 600), "drift": (250, 600)}  # steps, dialogues
 SEEDS = (0, 1, 2)
@@ -184,7 +184,7 @@ def write(path: Path, picture: Path, folder: Path) -> dict[str, Any]:
     import mal_kernels
 
     values = {
-        "command": "python -m examples.ser table",
+        "command": "python -m mal_kernels.ser table",
         "jobs_planned": len(jobs()),
         "protocol": {
             "host": "the demo's Qwen2-Audio, frozen, the same for every run",

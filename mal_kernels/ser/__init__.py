@@ -1,4 +1,4 @@
 """Speech emotion recognition in conversation with Memory-as-a-Layer: data, training, controls.
 
-``python -m examples.ser --help`` lists the commands; nothing is imported here.
+``python -m mal_kernels.ser --help`` lists the commands; nothing is imported here.
 """
