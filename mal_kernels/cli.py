@@ -38,8 +38,19 @@ PACKAGES = {
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mal-kernels {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
     """Neural memory for frozen audio language models."""
 
 
@@ -86,10 +97,22 @@ def demo(
         )
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,  # bench has a --help of its own
-)
+# what follows the name of the command is for a program with a --help of its own
+PASSED_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
+
+
+@app.command(**PASSED_ON)
+def ser(context: typer.Context) -> None:
+    """Train a memory for speech emotion on dialogues, and try to show that it does not help."""
+    with errors_without_traceback(), needs("ser", "the study of speech emotion"):
+        from mal_kernels.ser.__main__ import app as study
+    study(context.args, prog_name="mal-kernels ser")
+
+
+@app.command(**PASSED_ON)
 def bench(context: typer.Context) -> None:
     """Measure what the memory costs on this CPU, beside what there is (in a clone)."""
     root = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""What the commands of this package share: errors that a person can read."""
+"""Commands of this package share how they speak: errors that a person can read."""
 
 from __future__ import annotations
 

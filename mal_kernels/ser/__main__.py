@@ -58,6 +58,17 @@ def check(corpus: CorpusName, root: Root = None) -> None:
 
 
 @app.command()
+def arms() -> None:
+    """Show the ways to use a dialogue that ``train --arm`` knows."""
+    from .memories import ARMS
+
+    table = Table("arm", "what it is")
+    for name, about in ARMS.items():
+        table.add_row(name, about.about)
+    console.print(table)
+
+
+@app.command()
 def prepare(
     corpus: CorpusName,
     root: Root = None,
@@ -119,7 +130,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     corpus: CorpusName = "synthetic:baseline",
     root: Root = None,
-    arm: Annotated[str, typer.Option(help="How the dialogue is used; see --list-arms.")] = (
+    arm: Annotated[str, typer.Option(help="How the dialogue is used; see `arms`.")] = (
         "gated-speaker"
     ),
     host: Annotated[str, typer.Option(help="'demo', or a model id.")] = "demo",
@@ -146,19 +157,11 @@ def train(
         False
     ),
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log for it, too.")] = False,
-    list_arms: Annotated[bool, typer.Option("--list-arms", help="Show the arms and stop.")] = False,
 ) -> None:
     """Train one arm on one corpus; also under ``accelerate launch`` or ``torchrun``."""
-    from .memories import ARMS
     from .runs import open_bench, train_run
     from .train import Settings
 
-    if list_arms:
-        table = Table("arm", "what it is")
-        for name, about in ARMS.items():
-            table.add_row(name, about.about)
-        console.print(table)
-        raise typer.Exit
     given = {
         k: v for k, v in locals().items() if k in {f.name for f in dataclasses.fields(Settings)}
     }

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from mal_kernels import ops
+from mal_kernels import __version__, ops
 from mal_kernels._cuda import build
 from mal_kernels.cli import app
 
@@ -93,3 +93,16 @@ def test_help_does_not_load_the_demo():
     )
     loaded = set(json.loads(output.stdout))
     assert not loaded & {"transformers", "matplotlib", "soundfile", "mal_kernels.demo.show"}
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.output == f"mal-kernels {__version__}\n"
+
+
+def test_the_study_has_the_help_and_the_errors_of_its_own(tmp_path):
+    assert "gated-speaker" in invoke("ser", "arms").output
+    result = invoke("ser", "check", "--corpus", "iemocap", "--root", str(tmp_path))
+    assert result.exit_code == 1
+    assert "CorpusError: root is" in result.stderr
+    assert "Traceback" not in result.stderr
