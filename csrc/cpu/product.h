@@ -1,5 +1,6 @@
 // Products of small matrices that lie in a core's cache, and their transposes.
 #pragma once
+#include <algorithm>
 #include <utility>
 
 #include "vec.h"
@@ -62,8 +63,10 @@ inline void product_rows(int rows, long K, Left a, const float* b, long ldb, flo
 template <bool ADD>
 void product_to(long M, long N, long K, Left a, const float* b, long ldb, float* c, long ldc,
                 Zero zero) {
-  for (long j = 0; j < N; j += VECS * VL) {
-    const int vecs = (N - j) / VL < VECS ? (N - j) / VL : VECS;
+  for (long j = 0, vecs; j < N; j += vecs * VL) {
+    const long left = (N - j) / VL;
+    // one vector alone would be a chain of sums too short for the processor
+    vecs = left == VECS + 1 ? (VECS + 1) / 2 : std::min<long>(left, VECS);
     for (long i = 0; i < M; i += ROWS) {
       const int rows = M - i < ROWS ? M - i : ROWS;
       if (zero == C_LOWER && j > i + rows - 1) continue;

@@ -27,7 +27,7 @@ inline vec load(const float* p) {
   return v;
 }
 inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-inline vec splat(float x) { return vec{} + x; }
+inline vec splat(float x) { return x - vec{}; }  // 0 + x is an addition: it makes 0 of -0
 
 // The lanes below n of x, and zero in the others, whatever x holds there.
 inline vec first_lanes(long n, vec x) {
