@@ -97,8 +97,10 @@ class MemoryCall(NamedTuple):
 
     def next_position(self) -> Tensor:
         """``[rows]`` int64: where each row stands in its chunk after its last token."""
-        start = 0 if self.position is None else self.position
-        return (self.lengths() + start) % self.size
+        if self.position is None:
+            return self.lengths() % self.size
+        plain = self.cu_seqlens is None
+        return (self.position + (self.k.shape[1] if plain else self.lengths())) % self.size
 
     def first_gates(self) -> Tensor | None:
         """``[rows]``: where each ragged row's chunk gates begin; None if rows have as many."""
@@ -179,8 +181,13 @@ def schema(call: type[Any]) -> str:
 
 def tensors_of(fields: Iterable[Field]) -> list[Tensor]:
     """Every tensor of ``fields``, in order."""
-    each = (x if isinstance(x, list) else [x] for x in fields)
-    return [t for items in each for t in items if isinstance(t, Tensor)]
+    found: list[Tensor] = []
+    for x in fields:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, list):
+            found += [t for t in x if isinstance(t, Tensor)]
+    return found
 
 
 def emptied(fields: Iterable[Field]) -> list[Any]:

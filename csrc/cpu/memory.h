@@ -112,8 +112,15 @@ inline void load_memory(const Shape& z, const mal_state& s, long g, Memory to) {
   for (int l = z.begin; l < z.end; l++) {
     const Layer& y = z.layer[l];
     const float* from = given(s, l) + g * y.in * y.out;
+    if (from == to.at[l]) continue;
     for (long i = 0; i < y.in; i++) memcpy(to.at[l] + i * y.stride, from + i * y.out, 4 * y.out);
   }
+}
+// What is only read: where it lies, or in scratch where it needs padding.
+inline Memory load_or_point(Arena& arena, const Shape& z, const mal_state& s, long g) {
+  const Memory m = take_working(arena, z, s, g);
+  load_memory(z, s, g, m);
+  return m;
 }
 inline void store_memory(const Shape& z, Memory from, const mal_state& s, long g) {
   for (int l = z.begin; l < z.end; l++) {

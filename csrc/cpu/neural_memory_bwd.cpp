@@ -47,7 +47,8 @@ void backward(const mal_cpu_neural_memory_bwd_args& args, const Task& k, Arena& 
   zero_memory(z, d.I);
   if (args.d_new_anchor.last) load_memory(z, args.d_new_anchor, k.g, d.A);
 
-  Walk walk(k, arena, take_memory(arena, z), take_memory(arena, z));
+  Walk walk(k, arena, take_memory(arena, z), take_memory(arena, z), false);
+  const Memory anchor = walk.A;  // the one given
   Tile& t = walk.tile;
   if (walk.I) transpose_memory(z, walk.I, d.IT);
   const std::vector<Place> places = k.places();
@@ -58,8 +59,7 @@ void backward(const mal_cpu_neural_memory_bwd_args& args, const Task& k, Arena& 
     if (at.closes) {
       long first = i;  // tile of the chunk
       while (first && !places[first].opens) first--;
-      if (places[first].opens) copy_memory(z, kept.W[first], walk.A);
-      else load_memory(z, k.c.anchor, k.g, walk.A);
+      walk.A = places[first].opens ? kept.W[first] : anchor;
       transpose_memory(z, walk.A, d.AT);
     }
     factors(k, t, at, walk.A, z.hidden ? d.AT.at[LAST] : nullptr, nullptr);

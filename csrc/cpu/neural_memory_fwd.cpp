@@ -4,16 +4,19 @@
 // its tokens, a tile at a time, so that scratch grows neither with T nor with the chunk. With E
 // units, the C tokens of a tile cost 11 C D E + 2 C² (D + E) multiply-adds, 7 C D E without a read,
 // and with chunk steps 7 and 5 C D E. See tile.h for the mathematics.
+#include "gates.h"
 #include "walk.h"
 
 MAL_API int64_t mal_cpu_lanes(void) { return mal::VL; }
 
 MAL_API int mal_cpu_neural_memory_fwd(const mal_cpu_neural_memory_fwd_args* args) {
   const mal_memory_call& call = args->call;
+  if (!mal::gates_fit(call)) return MAL_CPU_GATES;
   const mal::Shape shape(call);
   return mal::each_task(call, args->threads, [&](long g, mal::Arena& arena) {
     const mal::Task task(call, shape, g);
-    mal::Walk walk(task, arena, args->new_weights, args->new_trace);
+    const bool keeps_anchor = args->new_anchor.last;
+    mal::Walk walk(task, arena, args->new_weights, args->new_trace, keeps_anchor);
     for (mal::Place at : task.places()) {
       walk.factors(at, args->surprise);
       if (call.q) {
@@ -24,6 +27,6 @@ MAL_API int mal_cpu_neural_memory_fwd(const mal_cpu_neural_memory_fwd_args* args
     }
     mal::store_memory(shape, walk.W, args->new_weights, g);
     mal::store_memory(shape, walk.S, args->new_trace, g);
-    if (args->new_anchor.last) mal::store_memory(shape, walk.A, args->new_anchor, g);
+    if (keeps_anchor) mal::store_memory(shape, walk.A, args->new_anchor, g);
   });
 }

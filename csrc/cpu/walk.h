@@ -8,30 +8,32 @@ namespace mal {
 struct Walk {
   const Task& task;
   Memory W, S, A, I;   // weights, momentum, anchor; init or none
+  Memory own_A;        // the anchor of a chunk that opens here
   float* last_T;       // the anchor's last layer transposed
+  bool keeps_anchor;   // A is wanted after the last tile
   Tile tile;
 
   // W and S live in `weights` and `trace` where these need no padding.
-  Walk(const Task& k, Arena& arena, const mal_state& weights, const mal_state& trace)
+  Walk(const Task& k, Arena& arena, const mal_state& weights, const mal_state& trace, bool keeps)
       : Walk(k, arena, take_working(arena, k.shape, weights, k.g),
-             take_working(arena, k.shape, trace, k.g)) {}
+             take_working(arena, k.shape, trace, k.g), keeps) {}
 
-  Walk(const Task& k, Arena& arena, Memory weights, Memory trace)
-      : task(k), W(weights), S(trace), A(take_memory(arena, k.shape)),
-        I(take_memory(arena, k.shape)), last_T(arena.take(padded(k.shape.D), padded(k.shape.E))),
-        tile(arena, k.shape) {
+  Walk(const Task& k, Arena& arena, Memory weights, Memory trace, bool keeps)
+      : task(k), W(weights), S(trace), own_A(take_memory(arena, k.shape)), last_T(arena.take(padded(k.shape.D), padded(k.shape.E))),
+        keeps_anchor(keeps), tile(arena, k.shape) {
     const Shape& z = k.shape;
     load_memory(z, k.c.weights, k.g, W);
     load_memory(z, k.c.trace, k.g, S);
-    load_memory(z, k.c.anchor.last ? k.c.anchor : k.c.weights, k.g, A);
-    if (k.c.init.last) load_memory(z, k.c.init, k.g, I);
-    else I = {};
-    transpose_anchor();
+    A = load_or_point(arena, z, k.c.anchor.last ? k.c.anchor : k.c.weights, k.g);
+    if (k.c.init.last) I = load_or_point(arena, z, k.c.init, k.g);
+    if (k.c.anchor.last) transpose_anchor();
   }
 
   void factors(Place at, float* surprise) {
     if (at.opens) {
-      copy_memory(task.shape, W, A);
+      const bool used_once = at.closes && !keeps_anchor;  // before the write changes W
+      A = used_once ? W : own_A;
+      if (!used_once) copy_memory(task.shape, W, A);
       transpose_anchor();
     }
     mal::factors(task, tile, at, A, last_T, surprise);

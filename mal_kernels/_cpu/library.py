@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .._native.build import BuildError
-from .._native.packing import Fields, call
+from .._native.packing import BadValues, Fields, call
 from .build import cached, library_name
 
 
@@ -18,9 +18,11 @@ def launch(function: str, fields: Fields) -> None:
 
     Raises:
         MemoryError: scratch could not be had.
+        BadValues: a gate or an index is out of bounds.
     """
-    if call(load(target()), function, **fields):
-        raise MemoryError(f"{function}: out of memory")
+    error = call(load(target()), function, **fields)
+    if error:  # mal_cpu_error
+        raise MemoryError(f"{function}: out of memory") if error == 1 else BadValues(function)
 
 
 def missing() -> str | None:

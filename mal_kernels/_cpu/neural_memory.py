@@ -15,11 +15,16 @@ def memory_fwd(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """Output, surprise, next weights, momentum, anchor and position.
 
-    The output is empty without queries, anchor and position unless the call keeps them.
+    The output is empty without queries, anchor and position unless the call keeps them. Where no
+    row opens a chunk the anchor is the one given.
+
+    Raises:
+        BadValues: a gate is out of bounds.
     """
     k, norm, keeps = call.k, call.residual_norm, call.keeps_position
+    stays = _stays_in_its_chunk(call)
     new_weights, new_trace = ([w.new_empty(w.shape) for w in call.weights] for _ in range(2))
-    new_anchor = [w.new_empty(w.shape) for w in call.weights if keeps]
+    new_anchor = [w.new_empty(w.shape) for w in call.weights if keeps and not stays]
     surprise = k.new_empty(call.lr.shape, dtype=torch.float32)
     output = k.new_empty(0 if call.q is None else call.q.shape)
     fields = dict(
@@ -33,7 +38,15 @@ def memory_fwd(
     )
     launch("mal_cpu_neural_memory_fwd", fields)
     position = call.next_position() if keeps else k.new_empty(0, dtype=torch.int64)
-    return output, surprise, new_weights, new_trace, new_anchor, position
+    return output, surprise, new_weights, new_trace, call.anchor if stays else new_anchor, position
+
+
+def _stays_in_its_chunk(call: MemoryCall) -> bool:
+    """Whether every row begins inside a chunk and opens no other."""
+    if call.position is None or call.cu_seqlens is not None:
+        return False
+    last = call.size - call.k.shape[1]
+    return all(0 < position <= last for position in call.position.tolist())
 
 
 def memory_bwd(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._native.packing import DTYPES
+from .._native.packing import scan_gates, scan_sizes
 from ..call import ScanCall
 from . import library
 
@@ -19,9 +19,9 @@ def scan_fwd(call: ScanCall) -> tuple[Tensor, Tensor]:
     library.launch(
         "mal_momentum_scan_fwd",
         update.device,
-        **_sizes(call),
+        **scan_sizes(call),
         update=update,
-        **_gates(call),
+        **scan_gates(call),
         weights=weights,
         trace=trace,
     )
@@ -44,13 +44,13 @@ def scan_bwd(
     library.launch(
         "mal_momentum_scan_bwd",
         update.device,
-        **_sizes(call),
+        **scan_sizes(call),
         tokens=update.shape[:2].numel(),
         d_weights=d_weights.contiguous(),
         d_trace=d_trace.contiguous(),
         weights=weights,
         trace=trace,
-        **_gates(call),
+        **scan_gates(call),
         d_update=d_update,
         d_momentum=d_momentum,
         d_decay=d_decay,
@@ -63,22 +63,3 @@ def scan_bwd(
         if partial is not None and gate is not None
     ]
     return [d_update, *d_gates, *d_state]
-
-
-def _sizes(call: ScanCall) -> dict[str, int]:
-    batch, tokens, heads, *features = call.update.shape
-    rows = batch if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    size = torch.Size(features).numel()
-    return dict(dtype=DTYPES[call.update.dtype], rows=rows, T=tokens, H=heads, F=size)
-
-
-def _gates(call: ScanCall) -> dict[str, Tensor | None]:
-    _, momentum, decay, state, cu_seqlens = call
-    weights0, trace0 = (x.contiguous() for x in state) if state else (None, None)
-    return dict(
-        momentum=None if momentum is None else momentum.float().contiguous(),
-        decay=None if decay is None else decay.float().contiguous(),
-        weights0=weights0,
-        trace0=trace0,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long().contiguous(),
-    )

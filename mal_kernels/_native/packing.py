@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..call import MemoryCall, n_chunks
+from ..call import MemoryCall, ScanCall, n_chunks
 
 Fields: TypeAlias = dict[str, Tensor | int | float | None]
 
@@ -20,16 +20,20 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # mal_dtype of
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
 
 
+class BadValues(ValueError):
+    """A kernel found gates or indices out of bounds; the op, which knows their names, says which."""
+
+
 def call(library: ctypes.CDLL, function: str, **fields: Tensor | int | float | None) -> int:
     """The function's error, 0 if there is none."""
-    return getattr(library, function)(b"".join(map(word, fields.values())))
+    words = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in fields.values()]
+    if function not in _layouts:
+        kinds = "".join("d" if isinstance(x, float) else "q" for x in fields.values())
+        _layouts[function] = struct.Struct("=" + kinds)
+    return getattr(library, function)(_layouts[function].pack(*words))
 
 
-def word(x: Tensor | int | float | None) -> bytes:
-    """A field of a struct: 8 bytes."""
-    if isinstance(x, Tensor):
-        return struct.pack("=Q", x.data_ptr())
-    return struct.pack("=d", x) if isinstance(x, float) else struct.pack("=q", x or 0)
+_layouts: dict[str, struct.Struct] = {}  # of a function's struct: every field is 8 bytes
 
 
 def shapes(fields: Fields) -> str:
@@ -76,3 +80,24 @@ def state_fields(name: str, tensors: list[Tensor], residual_norm: bool) -> Field
     *layers, gain = [x.contiguous() for x in tensors] + [None] * (not residual_norm or not tensors)
     first, last = ([None] * 2 + layers)[-2:]
     return {f"{name}_first": first, f"{name}_last": last, f"{name}_gain": gain}
+
+
+def scan_sizes(call: ScanCall) -> Fields:
+    """The first fields of a scan."""
+    batch, tokens, heads, *features = call.update.shape
+    rows = batch if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    size = torch.Size(features).numel()
+    return dict(dtype=DTYPES[call.update.dtype], rows=rows, T=tokens, H=heads, F=size)
+
+
+def scan_gates(call: ScanCall) -> Fields:
+    """The fields of a scan from its gates to ``cu_seqlens``."""
+    _, momentum, decay, state, cu_seqlens = call
+    weights0, trace0 = (x.contiguous() for x in state) if state else (None, None)
+    return dict(
+        momentum=None if momentum is None else momentum.float().contiguous(),
+        decay=None if decay is None else decay.float().contiguous(),
+        weights0=weights0,
+        trace0=trace0,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long().contiguous(),
+    )

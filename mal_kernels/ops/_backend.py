@@ -16,7 +16,13 @@ from ..errors import ArgumentError, BackendUnavailable
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 # each has a file for every op that it serves, with the same functions in it
 FOLDERS = {"reference": "_torch", "cpu": "_cpu", "triton": "_triton", "cuda": "_cuda"}
-CPU_OPS = ("memory_update", "neural_memory")
+CPU_OPS = (
+    "memory_read",
+    "memory_update",
+    "neural_memory",
+    "momentum_scan",
+    "aligned_residual_read",
+)
 TRITON_OPS = (
     "memory_read",
     "memory_update",
@@ -179,6 +185,14 @@ def _no_cuda(device: torch.device) -> str | None:
     if device.type == "cuda" and not torch.version.hip:
         return None
     return f"the CUDA kernels run on NVIDIA GPUs and the tensors are on {device}"
+
+
+def cpu_limit(weights: Sequence[Tensor], residual_norm: bool) -> str | None:
+    """Why the native CPU kernels cannot serve a memory."""
+    depth = len(weights) - residual_norm
+    if weights[0].dtype == torch.float64:
+        return "float64 is served by the reference alone"
+    return None if depth <= 2 else f"the kernels serve memories of depth 1 and 2, not {depth}"
 
 
 def memory_limit(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
-from typing import TypeGuard
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,41 @@ from ..network import ACTIVATIONS
 from ..state import MemoryState
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+Check = TypeVar("Check", bound=Callable[..., Any])
+
+
+def once_per_kind(check: Check) -> Check:
+    """Makes ``check``, which looks at no values, one comparison for arguments as they were before.
+
+    A kind is shapes, dtypes and devices, and what is no tensor. What was raised is not kept.
+    """
+    known: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(check)
+    def checked(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return check(*arguments)
+        kind = tuple([_kind(x) for x in arguments])
+        try:
+            return known[kind]
+        except TypeError:  # not hashable: of no use to compare, or wrong
+            return check(*arguments)
+        except KeyError:
+            result = check(*arguments)
+        if len(known) >= 256:
+            known.clear()
+        known[kind] = result
+        return result
+
+    return cast(Check, checked)
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device
+    return (type(x), *[_kind(y) for y in x]) if isinstance(x, (tuple, list)) else (type(x), x)
 
 
 def expect(ok: bool, name: str, got: object, expected: str, remedy: str = "") -> None:

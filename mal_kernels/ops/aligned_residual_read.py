@@ -10,12 +10,15 @@ Every other row of ``hidden`` comes back bit for bit. ``3·Dm·H·D + 2·H·D·E
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..call import AlignedCall, emptied, refilled, schema, tensors_of
+from .._native.packing import BadValues
+from ..call import AlignedCall, schema
 from ..state import MemoryState, ReadParams
-from ._backend import kernels, memory_limit, resolve
+from ._backend import cpu_limit, kernels, memory_limit, resolve
 from ._check import (
     check_fields,
     check_index,
@@ -24,18 +27,22 @@ from ._check import (
     expect,
     is_float,
 )
+from ._operator import Operator
 
 
-@torch.library.custom_op(
-    "mal_kernels::aligned_residual_read",
-    mutates_args=(),
-    schema=f"({schema(AlignedCall)}, str backend) -> Tensor",
-)
-def _forward(*flat):
+def _run(*flat: Any) -> Tensor:
     *fields, backend = flat
-    call = AlignedCall(*fields)
-    _check_places(call)
-    return kernels("aligned_residual_read", backend).aligned_fwd(call)
+    return _computed(AlignedCall(*fields), backend)
+
+
+def _computed(call: AlignedCall, backend: str, in_place: bool = False) -> Tensor:
+    if backend != "cpu":  # which checks them itself
+        _check_places(call)
+    try:
+        return kernels("aligned_residual_read", backend).aligned_fwd(call, in_place=in_place)
+    except BadValues:
+        _check_places(call)
+        raise
 
 
 def _check_places(call: AlignedCall) -> None:
@@ -51,11 +58,41 @@ def _check_places(call: AlignedCall) -> None:
     )
 
 
-@_forward.register_fake
-def _(hidden, *_):
-    return hidden.new_empty(hidden.shape)
+def _run_bwd(d_output: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    *fields, backend = flat
+    # the kernel of the CPU is for inference: large products, as in its gradients, are torch's
+    backend = "reference" if backend == "cpu" else backend
+    return kernels("aligned_residual_read", backend).aligned_bwd(d_output, AlignedCall(*fields))
 
 
+def _fake_bwd(d_output: Tensor, *flat: Any) -> Any:
+    call = AlignedCall(*flat[:-1])
+    d_weights, d_params = ([t.new_empty(t.shape) for t in x] for x in (call.weights, call.params))
+    return call.hidden.new_empty(call.hidden.shape), d_weights, d_params
+
+
+_backward = Operator(
+    f"aligned_residual_read_bwd(Tensor d_output, {schema(AlignedCall)}, str backend) "
+    "-> (Tensor, Tensor[], Tensor[])",
+    _run_bwd,
+    _fake_bwd,
+)
+
+
+def _gradient(inputs: list[Any], outputs: list[Any], d_outputs: list[Any]) -> list[Any]:
+    d_hidden, d_weights, d_params = _backward(*d_outputs, *inputs)
+    return [d_hidden, None, None, *d_weights, *d_params]
+
+
+_forward = Operator(
+    f"aligned_residual_read({schema(AlignedCall)}, str backend) -> Tensor",
+    _run,
+    lambda hidden, *_: hidden.new_empty(hidden.shape),
+    _gradient,
+)
+
+
+# not an Operator: torch counts the versions of what a custom_op changes
 @torch.library.custom_op(
     "mal_kernels::aligned_residual_read_",
     mutates_args=("hidden",),
@@ -63,45 +100,12 @@ def _(hidden, *_):
 )
 def _forward_(*flat):
     *fields, backend = flat
-    call = AlignedCall(*fields)
-    _check_places(call)
-    kernels("aligned_residual_read", backend).aligned_fwd(call, in_place=True)
+    _computed(AlignedCall(*fields), backend, in_place=True)
 
 
 @_forward_.register_fake
 def _(*_):
     return None
-
-
-@torch.library.custom_op(
-    "mal_kernels::aligned_residual_read_bwd",
-    mutates_args=(),
-    schema=f"(Tensor d_output, {schema(AlignedCall)}, str backend) -> (Tensor, Tensor[], Tensor[])",
-)
-def _backward(d_output, *flat):
-    *fields, backend = flat
-    return kernels("aligned_residual_read", backend).aligned_bwd(d_output, AlignedCall(*fields))
-
-
-@_backward.register_fake
-def _(d_output, *flat):
-    call = AlignedCall(*flat[:-1])
-    d_weights, d_params = ([t.new_empty(t.shape) for t in x] for x in (call.weights, call.params))
-    return call.hidden.new_empty(call.hidden.shape), d_weights, d_params
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*tensors_of(inputs))
-    ctx.emptied = emptied(inputs)
-
-
-def _autograd(ctx, d_output):
-    inputs = refilled(ctx.emptied, ctx.saved_tensors)
-    d_hidden, d_weights, d_params = _backward(d_output, *inputs)
-    return d_hidden, None, None, d_weights, d_params, None, None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def aligned_residual_read(
@@ -127,7 +131,7 @@ def aligned_residual_read(
             any float dtype; the computation runs in the dtype of the state.
         activation: gelu (erf), gelu_tanh, silu or relu.
         residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"`` (float16 and bfloat16
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (float16 and bfloat16
             ``hidden``, no gradients).
 
     Returns:
@@ -180,7 +184,7 @@ def aligned_residual_read_(
             any float dtype; the computation runs in the dtype of the state.
         activation: gelu (erf), gelu_tanh, silu or relu.
         residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"`` (float16 and bfloat16).
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (float16 and bfloat16).
 
     Returns:
         ``hidden``.
@@ -273,6 +277,7 @@ def _backend_of(call: AlignedCall, backend: str) -> str:
     name, _ = resolve(
         *(backend, "aligned_residual_read", hidden.device, limit),
         cuda_limit=limit or _cuda_limit(call),
+        cpu_limit=cpu_limit(weights, call.residual_norm),
         dtype=hidden.dtype,
         features=weights[0].shape[2],
         tokens=len(call.token_index),

@@ -5,58 +5,51 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from ..call import ReadCall, emptied, refilled, schema, tensors_of
+from ..call import ReadCall, schema
 from ..state import MemoryState
-from ._backend import kernels, memory_limit, resolve
+from ._backend import cpu_limit, kernels, memory_limit, resolve
 from ._check import check_bounds, check_cu_seqlens, check_memory, check_tokens
+from ._operator import Operator
 
 
-@torch.library.custom_op(
-    "mal_kernels::memory_read",
-    mutates_args=(),
-    schema=f"({schema(ReadCall)}, str backend) -> Tensor",
-)
-def _forward(*flat):
+def _run(*flat: Any) -> Tensor:
     *fields, backend = flat
     call = ReadCall(*fields)
     check_bounds(call.cu_seqlens, call.q.shape[1])
     return kernels("memory_read", backend).read_fwd(call)
 
 
-@_forward.register_fake
-def _(q, *_):
-    return q.new_empty(q.shape)
-
-
-@torch.library.custom_op(
-    "mal_kernels::memory_read_bwd",
-    mutates_args=(),
-    schema=f"(Tensor d_output, {schema(ReadCall)}, str backend) -> (Tensor, Tensor[])",
-)
-def _backward(d_output, *flat):
+def _run_bwd(d_output: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor]]:
     *fields, backend = flat
     return kernels("memory_read", backend).read_bwd(d_output, ReadCall(*fields))
 
 
-@_backward.register_fake
-def _(d_output, q, weights, *_):
+def _fake_bwd(d_output: Tensor, q: Tensor, weights: list[Tensor], *_: Any) -> Any:
     return q.new_empty(q.shape), [w.new_empty(w.shape) for w in weights]
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*tensors_of(inputs))
-    ctx.emptied = emptied(inputs)
+_backward = Operator(
+    f"memory_read_bwd(Tensor d_output, {schema(ReadCall)}, str backend) -> (Tensor, Tensor[])",
+    _run_bwd,
+    _fake_bwd,
+)
 
 
-def _autograd(ctx, d_output):
-    inputs = refilled(ctx.emptied, ctx.saved_tensors)
-    return (*_backward(d_output, *inputs), None, None, None, None)
+def _gradient(inputs: list[Any], outputs: list[Any], d_outputs: list[Any]) -> list[Tensor]:
+    d_q, d_weights = _backward(*d_outputs, *inputs)
+    return [d_q, *d_weights]
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = Operator(
+    f"memory_read({schema(ReadCall)}, str backend) -> Tensor",
+    _run,
+    lambda q, *_: q.new_empty(q.shape),
+    _gradient,
+)
 
 
 def memory_read(
@@ -76,7 +69,7 @@ def memory_read(
         activation: gelu (erf), gelu_tanh, silu or relu.
         residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
         cu_seqlens: ``[N + 1]`` offsets of ragged sequences along T, with B = 1.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         ``[B, T, H, D]`` in the dtype of ``q``.
@@ -100,6 +93,7 @@ def memory_read(
         limit = f"the kernels serve up to 4096 ragged sequences, not {rows}"
     name, _ = resolve(
         *(backend, "memory_read", q.device, limit),
+        cpu_limit=cpu_limit(state.weights, residual_norm),
         dtype=q.dtype,
         features=q.shape[3],
         tokens=q.shape[0] * q.shape[1],

@@ -6,10 +6,13 @@ of ``u`` four flops and, fused, three accesses (read u, write S and W): bound by
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..call import ScanCall, emptied, refilled, schema, tensors_of
+from .._native.packing import BadValues
+from ..call import ScanCall, schema, tensors_of
 from ..state import MemoryState, MomentumScan
 from ._backend import kernels, resolve
 from ._check import (
@@ -22,58 +25,48 @@ from ._check import (
     expect,
     is_float,
 )
+from ._operator import Operator
 
 
-@torch.library.custom_op(
-    "mal_kernels::momentum_scan",
-    mutates_args=(),
-    schema=f"({schema(ScanCall)}, str backend) -> (Tensor, Tensor)",
-)
-def _forward(*flat):
+def _run(*flat: Any) -> tuple[Tensor, Tensor]:
     *fields, backend = flat
     call = ScanCall(*fields)
-    check_gates(None, call.momentum, call.decay)
+    if backend != "cpu":  # which checks them itself
+        check_gates(None, call.momentum, call.decay)
     check_bounds(call.cu_seqlens, call.update.shape[1])
-    return kernels("momentum_scan", backend).scan_fwd(call)
+    try:
+        return kernels("momentum_scan", backend).scan_fwd(call)
+    except BadValues:
+        check_gates(None, call.momentum, call.decay)
+        raise
 
 
-@_forward.register_fake
-def _(update, *_):
+def _fake(update: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(update.dtype, torch.float32)
-    return tuple(update.new_empty(update.shape, dtype=dtype) for _ in range(2))
+    return update.new_empty(update.shape, dtype=dtype), update.new_empty(update.shape, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "mal_kernels::momentum_scan_bwd",
-    mutates_args=(),
-    schema="(Tensor d_weights, Tensor d_trace, Tensor weights, Tensor trace, "
-    f"{schema(ScanCall)}, str backend) -> Tensor[]",
-)
-def _backward(d_weights, d_trace, weights, trace, *flat):
+def _run_bwd(
+    d_weights: Tensor, d_trace: Tensor, weights: Tensor, trace: Tensor, *flat: Any
+) -> list[Tensor]:
     """Gradients of update, momentum, decay and state, absent ones left out."""
     *fields, backend = flat
     call = ScanCall(*fields)
     return kernels("momentum_scan", backend).scan_bwd(d_weights, d_trace, weights, trace, call)
 
 
-@_backward.register_fake
-def _(d_weights, d_trace, weights, trace, *flat):
-    return [t.new_empty(t.shape) for t in tensors_of(flat[:4])]
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output, *tensors_of(inputs))
-    ctx.emptied = emptied(inputs)
-
-
-def _autograd(ctx, d_weights, d_trace):
-    weights, trace, *tensors = ctx.saved_tensors
-    inputs = refilled(ctx.emptied, tensors)
-    grads = _backward(d_weights, d_trace, weights, trace, *inputs)
-    return *refilled(inputs[:4], grads), None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_backward = Operator(
+    "momentum_scan_bwd(Tensor d_weights, Tensor d_trace, Tensor weights, Tensor trace, "
+    f"{schema(ScanCall)}, str backend) -> Tensor[]",
+    _run_bwd,
+    lambda *fields: [t.new_empty(t.shape) for t in tensors_of(fields[4:8])],
+)
+_forward = Operator(
+    f"momentum_scan({schema(ScanCall)}, str backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    lambda inputs, outputs, d_outputs: _backward(*d_outputs, *outputs, *inputs),
+)
 
 
 def momentum_scan(
@@ -94,7 +87,7 @@ def momentum_scan(
         state: one tensor each in ``weights`` and ``momentum``, ``[B, H, ...]`` (with ``cu_seqlens``
             one row per sequence); None starts at zero.
         cu_seqlens: ``[N + 1]`` offsets of ragged sequences along T, with B = 1.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
         ``weights`` and ``momentum``, both ``[B, T, H, ...]``, float32 (float64 for float64).
@@ -132,6 +125,7 @@ def momentum_scan(
     name, _ = resolve(
         *(backend, "momentum_scan", update.device, limit),
         cuda_limit=limit,
+        cpu_limit=limit,
         dtype=update.dtype,
         features=update.shape[3:].numel(),
         tokens=update.shape[0] * update.shape[1],

@@ -14,13 +14,15 @@ The operator ``mal_kernels::neural_memory`` also serves :func:`mal_kernels.ops.m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..call import MemoryCall, emptied, n_chunks, refilled, schema, tensors_of
+from .._native.packing import BadValues
+from ..call import MemoryCall, n_chunks, schema, tensors_of
 from ..state import MemoryState, NeuralMemoryOutput
-from ._backend import kernels, memory_limit, resolve
+from ._backend import cpu_limit, kernels, memory_limit, resolve
 from ._check import (
     check_bounds,
     check_chunk_gates,
@@ -34,29 +36,29 @@ from ._check import (
     check_write_options,
     expect,
     is_float,
+    once_per_kind,
 )
+from ._operator import Operator
 
 
-@torch.library.custom_op(
-    "mal_kernels::neural_memory",
-    mutates_args=(),
-    schema=f"({schema(MemoryCall)}, str backend) "
-    "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor)",
-)
-def _forward(*flat):
+def _run(*flat: Any) -> tuple[Any, ...]:
     *fields, backend = flat
     call = MemoryCall(*fields)
-    check_gates(call.lr, call.momentum, call.decay)
+    if backend != "cpu":  # which checks them itself
+        check_gates(call.lr, call.momentum, call.decay)
     check_bounds(call.cu_seqlens, call.k.shape[1])
     check_index("state.position", call.position, call.chunk_size)
     if call.step == "chunk":
         gates = dict(momentum=call.momentum, decay=call.decay)
         check_chunk_gates(call.cu_seqlens, call.chunk_size, **gates)
-    return kernels("neural_memory", backend).memory_fwd(call)
+    try:
+        return kernels("neural_memory", backend).memory_fwd(call)
+    except BadValues:
+        check_gates(call.lr, call.momentum, call.decay)
+        raise
 
 
-@_forward.register_fake
-def _(*flat):
+def _fake(*flat: Any) -> tuple[Any, ...]:
     call = MemoryCall(*flat[:-1])
     kept, k, weights = call.keeps_position, call.k, call.weights
     return (
@@ -69,37 +71,30 @@ def _(*flat):
     )
 
 
-@torch.library.custom_op(
-    "mal_kernels::neural_memory_bwd",
-    mutates_args=(),
-    schema="(Tensor d_output, Tensor d_surprise, Tensor[] d_weights, Tensor[] d_trace, "
-    f"Tensor[] d_anchor, {schema(MemoryCall)}, str backend) -> Tensor[]",
-)
-def _backward(*flat):
+def _run_bwd(*flat: Any) -> list[Tensor]:
     """Gradients of every tensor given, in order, absent ones left out."""
     d_outputs, call, backend = flat[:5], MemoryCall(*flat[5:-1]), flat[-1]
     return kernels("neural_memory", backend).memory_bwd(*d_outputs, call)
 
 
-@_backward.register_fake
-def _(*flat):
+def _fake_bwd(*flat: Any) -> list[Tensor]:
     call = MemoryCall(*flat[5:-1])
     return [t.new_empty(t.shape) for t in tensors_of(call.differentiable())]
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*tensors_of(inputs))
-    ctx.emptied = emptied(inputs)
-
-
-def _autograd(ctx, *d_outputs):
-    inputs = refilled(ctx.emptied, ctx.saved_tensors)
-    grads = _backward(*d_outputs[:5], *inputs)
-    d_inputs = refilled(MemoryCall(*inputs[:-1]).differentiable(), grads)
-    return (*d_inputs, *(None,) * (len(inputs) - len(d_inputs)))
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_backward = Operator(
+    "neural_memory_bwd(Tensor d_output, Tensor d_surprise, Tensor[] d_weights, Tensor[] d_trace, "
+    f"Tensor[] d_anchor, {schema(MemoryCall)}, str backend) -> Tensor[]",
+    _run_bwd,
+    _fake_bwd,
+)
+_forward = Operator(
+    f"neural_memory({schema(MemoryCall)}, str backend) "
+    "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor)",
+    _run,
+    _fake,
+    lambda inputs, outputs, d_outputs: _backward(*d_outputs[:5], *inputs),
+)
 
 
 def neural_memory(
@@ -170,6 +165,43 @@ def neural_memory(
         >>> out.output.shape, out.state.position
         (torch.Size([1, 100, 2, 16]), tensor([36]))
     """
+    options = (chunk_size, step, activation, residual_norm, max_grad_norm)
+    tokens = (q, k, v, lr, momentum, decay)
+    limits = _limits(*tokens, state, init, cu_seqlens, *options)
+    call = MemoryCall(
+        *tokens,
+        *map(list, (state.weights, state.momentum, state.anchor or (), init or ())),
+        *(state.position, cu_seqlens),
+        *options,
+    )
+    name, _ = resolve(
+        *(backend, "memory_update" if q is None else "neural_memory", k.device),
+        **limits,
+        dtype=k.dtype,
+        features=k.shape[3],
+        tokens=k.shape[0] * k.shape[1],
+    )
+    return NeuralMemoryOutput.of(*_forward(*call, name))
+
+
+@once_per_kind
+def _limits(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    state: MemoryState,
+    init: Sequence[Tensor] | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    step: str,
+    activation: str,
+    residual_norm: bool,
+    max_grad_norm: float | None,
+) -> dict[str, str | None]:
+    """Checks all but values; returns why backends cannot serve the call, by argument of resolve."""
     check_tokens("k", k)
     check_tokens("v", v, like=k)
     if q is not None:
@@ -194,40 +226,16 @@ def neural_memory(
         f"one at a chunk boundary for step={step!r}, chunk_size={chunk_size}",
         "call state.end_chunk()",
     )
-    call = MemoryCall.of(
-        *((q, k, v, lr, momentum, decay), state),
-        init=init,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-        step=step,
-        activation=activation,
-        residual_norm=residual_norm,
-        max_grad_norm=max_grad_norm,
+    return dict(
+        triton_limit=memory_limit(k.dtype, state.weights, residual_norm),
+        cuda_limit=_cuda_limit(k, state.weights, residual_norm),
+        cpu_limit=cpu_limit(state.weights, residual_norm),
     )
-    name, _ = resolve(
-        *(backend, "memory_update" if q is None else "neural_memory", k.device),
-        memory_limit(k.dtype, call.weights, residual_norm),
-        cuda_limit=_cuda_limit(call),
-        cpu_limit=_cpu_limit(call),
-        dtype=k.dtype,
-        features=k.shape[3],
-        tokens=k.shape[0] * k.shape[1],
-    )
-    return NeuralMemoryOutput.of(*_forward(*call, name))
 
 
-def _cpu_limit(call: MemoryCall) -> str | None:
-    """Why the native CPU kernel cannot serve a call."""
-    depth = len(call.weights) - call.residual_norm
-    if call.weights[0].dtype == torch.float64:
-        return "float64 is served by the reference alone"
-    return None if depth <= 2 else f"the kernels serve memories of depth 1 and 2, not {depth}"
-
-
-def _cuda_limit(call: MemoryCall) -> str | None:
+def _cuda_limit(k: Tensor, weights: Sequence[Tensor], residual_norm: bool) -> str | None:
     """Why the CUDA kernel cannot serve a call."""
-    k, weights, depth = call.k, call.weights, len(call.weights) - call.residual_norm
-    dim, width = k.shape[3], weights[0].shape[3]
+    depth, dim, width = len(weights) - residual_norm, k.shape[3], weights[0].shape[3]
     if k.dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernel takes float16 and bfloat16 tokens, not {k.dtype}"
     most = 1024 if dim <= 64 else 512  # 16 blocks of a cluster

@@ -33,7 +33,7 @@ BUGS = {
     ),
     "the gradient of f is lost": ("  d.f[last] += dot(k.shape, d.W, S);\n", ""),
     "a gradient passes by the momentum": ("store(mu + s, m * t.eta[i]);", "store(mu + s, m);"),
-    "each tile is its own anchor": ("kept.W[first], walk.A", "kept.W[i], walk.A"),
+    "each tile is its own anchor": ("? kept.W[first] : anchor", "? kept.W[i] : anchor"),
     "the deviation has no gradient": ("d.z, d.more, d.z);", "d.z, nullptr, d.z);"),
     "what is clipped has no gradient": ("if (t.clip[s] >= 1) continue;", "continue;"),
 }
