@@ -5,7 +5,7 @@
 #   make check    the loop of a developer: lint, types, the core            under 3 minutes
 #   make test     what a change must pass: check, and all that is not slow   under 15 minutes
 #   make prove    what a release must pass: everything marked slow           nightly in CI
-#   make bench    what it costs, into mal-bench/ (bench/README.md)           10 minutes
+#   make bench    what it costs, into mal-bench/ (bench/README.md)           half an hour
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -25,12 +25,14 @@ console = Console()
 def measure(names: list[str], threads: int, quick: bool, out: Path) -> Result:
     """Asks the questions one after the other; speed is pytest-benchmark's."""
     torch.set_num_threads(threads)
-    result: Result = {"machine": machine.describe(threads), "questions": {}}
+    result: Result = {}
     if "speed" in names:
         result |= speed(threads, quick, out)
-    for name in (n for n in names if n in QUESTIONS):
-        with console.status(name) as status:
-            result["questions"][name] = QUESTIONS[name](quick, status.update)
+    with machine.flushed_denormals():
+        result |= {"machine": machine.describe(threads), "questions": {}}
+        for name in (n for n in names if n in QUESTIONS):
+            with console.status(name) as status:
+                result["questions"][name] = QUESTIONS[name](quick, status.update)
     return result
 
 

@@ -52,7 +52,8 @@ class Case:
         """q, k, v ``[B, T, H, D]``, the three gates, W1, W2, S1, S2; the same for every provider.
 
         Unit queries and keys and an lr of a hundredth keep the recurrence stable, so that agreement
-        means something; all of them ask for gradients.
+        means something, and a decay of a thousandth keeps the memory of order one, so that nobody
+        is timed on denormals; all of them ask for gradients.
         """
         B, T, H, D, E = self.batch, self.tokens, self.heads, self.head_dim, self.hidden_dim
         torch.manual_seed(0)
@@ -62,7 +63,7 @@ class Case:
         w1, w2 = torch.randn(B, H, D, E) * D**-0.5, torch.randn(B, H, E, D) * E**-0.5
         s1, s2 = 0.01 * torch.randn_like(w1), 0.01 * torch.randn_like(w2)
         q, k = normalize(q, dim=-1), normalize(k, dim=-1)
-        leaves = [q, k, v, 0.01 * lr, momentum, 0.05 * decay, w1, w2, s1, s2]
+        leaves = [q, k, v, 0.01 * lr, momentum, 0.001 * decay, w1, w2, s1, s2]
         return [x.requires_grad_() for x in leaves]
 
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench import Result, machine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Flushes denormals for all providers while this process lives."""
+    flush = machine.flushed_denormals()
+    flush.__enter__()
+    config.add_cleanup(lambda: flush.__exit__(None, None, None))
 
 
 def pytest_benchmark_update_machine_info(machine_info: Result) -> None:

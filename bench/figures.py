@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from bench import Result, schema
 from bench.cases import SWEEPS, Case
-from bench.providers import AUTOGRAD, COMPILED, EAGER, LOOP, OURS, OURS_CHUNK, THEIRS, THEIRS_CHUNK
+from bench.providers import (
+    AUTOGRAD,
+    COMPILED,
+    EAGER,
+    LEAN,
+    LOOP,
+    OURS,
+    OURS_CHUNK,
+    THEIRS,
+    THEIRS_CHUNK,
+)
 from mal_kernels.demo.figure import CAP as PEER
 from mal_kernels.demo.figure import HOST as PLAIN
 from mal_kernels.demo.figure import INK
@@ -28,6 +38,7 @@ STYLES: dict[str, dict[str, Any]] = {
     THEIRS_CHUNK.name: {"color": PEER, "linestyle": DASHED, "marker": "s"},
     EAGER.name: {"color": PLAIN, "linestyle": SOLID, "marker": "^"},
     COMPILED.name: {"color": PLAIN, "linestyle": SOLID, "marker": "v"},
+    LEAN.name: {"color": PLAIN, "linestyle": SOLID, "marker": "D"},
     LOOP.name: {"color": PLAIN, "linestyle": ":", "marker": "x"},
     AUTOGRAD.name: {"color": PLAIN, "linestyle": DASHED, "marker": "^"},
 }

@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,10 +17,25 @@ import torch
 from bench import Result
 from bench.interleaved import timed
 from mal_kernels import __version__
+from mal_kernels._torch.portable import flushes_denormals
 from mal_kernels.cli import version
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "titans-pytorch")
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Inside, denormals are zero for everybody that is timed, as in our kernels.
+
+    It begins before torch starts its threads, which keep the flag that they begin with.
+    """
+    before = flushes_denormals()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def describe(threads: int) -> Result:
@@ -30,6 +47,7 @@ def describe(threads: int) -> Result:
         "cpu": models[0].splitlines()[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "flushes_denormals": flushes_denormals(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {"mal-kernels": __version__} | {name: version(name) for name in PACKAGES},

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.cases import LARGE, Case, Step, size
 from mal_kernels.ops import neural_memory
 from mal_kernels.state import MemoryState
-from mal_kernels.testing.plain import Op, by_autograd, closed_form
+from mal_kernels.testing.plain import Op, by_autograd, closed_form, lean_form
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,18 @@ EAGER = Provider("PyTorch, closed form", "token", lambda case: closed_form(case.
 COMPILED = Provider(
     "torch.compile, closed form", "token", lambda case: closed_form(case.chunk_size, True)
 )
+LEAN = Provider(
+    "torch.compile, lean closed form", "token", lambda case: lean_form(case.chunk_size)
+)
 OURS_CHUNK = Provider("mal_kernels", "chunk", ours("chunk"))
 THEIRS_CHUNK = Provider("titans-pytorch", "chunk", titans_pytorch("chunk"))
 AUTOGRAD = Provider("PyTorch, autograd per chunk", "chunk", plain("chunk"))
 PROVIDERS = {
-    p.name: p for p in (OURS, THEIRS, LOOP, EAGER, COMPILED, OURS_CHUNK, THEIRS_CHUNK, AUTOGRAD)
+    p.name: p
+    for p in (OURS, THEIRS, LOOP, EAGER, COMPILED, LEAN, OURS_CHUNK, THEIRS_CHUNK, AUTOGRAD)
 }
 SWEPT = (OURS, THEIRS, EAGER, OURS_CHUNK, THEIRS_CHUNK)  # over every size
-SLOW = (LOOP, COMPILED)  # half a minute each: on the base case only
+SLOW = (LOOP, COMPILED, LEAN)  # minutes: on the base case only
 
 
 # --- ready to call ------------------------------------------------------------------------------

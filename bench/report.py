@@ -133,6 +133,14 @@ def overhead_table(result: Result) -> str:
     return _table(*rows)
 
 
+def thread_table(result: Result) -> str:
+    """CPU time of one thread on the base case."""
+    rows = [["one thread, CPU time", "forward ms", "forward and backward ms"]]
+    for name, row in result["questions"].get("thread", {}).get("base", {}).items():
+        rows.append([name, _ms(row["forward"]), _ms(row["forward_backward"])])
+    return _table(*rows)
+
+
 def machine_line(result: Result) -> str:
     """Where, with what and when."""
     m = result["speed"]["machine_info"] if "speed" in result else result["machine"]
@@ -153,7 +161,7 @@ BLOCKS: dict[str, Callable[[Result], str]] = {
     f.__name__.rsplit("_", 1)[0]: f
     for f in (
         *(machine_line, targets_table, headline_table, peers_table, ops_table),
-        *(memory_table, conversation_table, overhead_table),
+        *(memory_table, conversation_table, overhead_table, thread_table),
     )
 }
 _MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- /bench -->)", re.S)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from bench import Result, schema
-from bench.providers import OURS, THEIRS, THEIRS_CHUNK
+from bench.providers import AUTOGRAD, COMPILED, LEAN, OURS, OURS_CHUNK, THEIRS, THEIRS_CHUNK
 
 
 class Target(NamedTuple):
@@ -57,10 +57,42 @@ def _added(result: Result, share: str) -> float:
     return 100 * float(result["questions"]["overhead"]["Qwen2-Audio"][share])
 
 
+def _one_thread(result: Result, kind: str, other: str, mine: str = OURS.name) -> float:
+    """How many times as long ``other`` takes on the base case, in CPU time of one thread."""
+    ms = result["questions"]["thread"]["base"]
+    return float(ms[other][kind]["median"] / ms[mine][kind]["median"])
+
+
+def _write(result: Result) -> float:
+    ms = result["questions"]["thread"]["write"]
+    return float(ms["reference"]["median"] / ms["auto"]["median"])
+
+
+def _per_token(result: Result, kind: str) -> float:
+    """Time of a token in 16,384 over that of one in 1,024."""
+    ms = {int(n): x[kind]["median"] for n, x in result["questions"]["thread"]["lengths"].items()}
+    return float(ms[16384] / 16 / ms[1024])
+
+
+def _both(name: str, forward: float, both: float, **options: str) -> list[Target]:
+    """Times another provider on the base case: on two threads by the wall, on one by CPU time."""
+    found = []
+    for threads, read in (("", partial(ratio, case="base")), (", one thread", _one_thread)):
+        for kind, goal in (("forward", forward), ("forward_backward", both)):
+            of = partial(read, kind=kind, **options)
+            title = "forward" if kind == "forward" else "forward and backward"
+            found.append(Target(f"{title}, times {name}{threads}", "≥", goal, of))
+    return found
+
+
 _base = partial(ratio, case="base", other=THEIRS.name)
 CPU = (
-    Target("forward, times titans-pytorch (T=512)", "≥", 60, partial(_base, kind="forward")),
-    Target("forward and backward, likewise", "≥", 25, partial(_base, kind="forward_backward")),
+    *_both("titans-pytorch (T=512)", 150, 100, other=THEIRS.name),
+    *_both("torch.compile of the closed form", 2, 2, other=COMPILED.name),
+    *_both("torch.compile of the lean closed form", 1.5, 1.8, other=LEAN.name),
+    *_both(
+        "autograd per chunk, chunk steps", 3, 3, other=AUTOGRAD.name, mine=OURS_CHUNK.name
+    ),
     Target("forward ratio, T=1024 over T=256", "≥", 1, partial(_growth, kind="forward")),
     Target(
         "forward and backward ratio, likewise", "≥", 1, partial(_growth, kind="forward_backward")
@@ -71,11 +103,19 @@ CPU = (
     ),
     Target(
         "decode of one token, times titans-pytorch",
-        *("≥", 20, partial(_base, kind="forward", case="decode")),
+        *("≥", 25, partial(_base, kind="forward", case="decode")),
+    ),
+    Target("write of a turn of 112 tokens, times the portable backend", "≥", 3, _write),
+    *(
+        Target(
+            f"{title}, time of a token in 16,384 over one in 1,024",
+            *("≤", 1.1, partial(_per_token, kind=kind)),
+        )
+        for title, kind in (("forward", "forward"), ("forward and backward", "forward_backward"))
     ),
     Target(
         "% added to the prefill of a narrow Qwen2-Audio",
-        *("≤", 5, partial(_added, share="share_of_prefill")),
+        *("≤", 6, partial(_added, share="share_of_prefill")),
     ),
     Target("% added to its decode", "≤", 1, partial(_added, share="share_of_decode")),
 )

@@ -235,7 +235,9 @@ class Turn:
                 max_norm=self.max_state_norm,
             )
             self.state = self._reported(written, [(slot, x.length) for x, _, slot in writes])
-            tokens = (self._tokens(new, x) for x in (original, hidden))
+            heard = self._clips([(x, 0, x.row) for x in new], hidden)  # in the first copy of a row
+            lengths = [x.length for x in new]
+            tokens = (heard.tokens(x).split(lengths) for x in (original, hidden))
             for x, before, after in zip(new, *tokens, strict=True):
                 if x.row in self.retried:
                     continue
@@ -333,11 +335,6 @@ class Turn:
         ]
         columns = torch.tensor(table, dtype=torch.int64).view(-1, 3).unbind(1)
         return Clips.of(*columns).to(hidden.device)
-
-    def _tokens(self, clips: Sequence[ClipRead], hidden: Tensor) -> Sequence[Tensor]:
-        """The tokens ``[T, Dm]`` of each clip, from the first copy of its row."""
-        tokens = self._clips([(x, 0, x.row) for x in clips], hidden).tokens(hidden)
-        return tokens.split([x.length for x in clips])
 
 
 def _same(clips: Sequence[Clip], others: Sequence[Clip]) -> bool:

@@ -116,3 +116,62 @@ def closed_form(chunk_size: int, compiled: bool = False) -> Op:
         return outputs, fast[:2], fast[2:]
 
     return _per_head(run)
+
+
+def lean_form(chunk_size: int) -> Op:
+    """The closed form as leanly as plain PyTorch allows, compiled whole for one shape.
+
+    The coefficients of all chunks are computed at once, and the loop over chunks is unrolled.
+    """
+    whole = torch.compile(_lean, dynamic=False)
+
+    def op(*arguments: Any) -> tuple[Tensor, MemoryState]:
+        *tokens, state = arguments
+        y, w1, w2, s1, s2 = whole(*tokens, *state.weights, *state.momentum, chunk_size)
+        return y, MemoryState((w1, w2), (s1, s2))
+
+    return op
+
+
+def _lean(
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor, decay: Tensor,
+    w1: Tensor, w2: Tensor, s1: Tensor, s2: Tensor, size: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """All arguments as the op takes them, ``[B, T, H, ...]``; T is a multiple of ``size``."""
+    batch, tokens, heads = q.shape[:3]
+    below = torch.ones(size, size, dtype=torch.bool).tril(-1)
+
+    def chunks(x: Tensor) -> Tensor:  # [G, chunks, C, ...]
+        return x.transpose(1, 2).flatten(0, 1).unflatten(1, (tokens // size, size))
+
+    def products(gate: Tensor) -> Tensor:  # [..., C, C]: gate_{s+1} … gate_t
+        return torch.where(below, gate.unsqueeze(-1), 1.0).cumprod(-2).tril()
+
+    q, k, v, lr, momentum, keep = map(chunks, (q, k, v, lr, momentum, 1 - decay))
+    decays, momenta = products(keep), products(momentum)
+    e, beta = momentum.cumprod(-1), keep.cumprod(-1)
+    w = (decays @ momenta) * lr.unsqueeze(-2)
+    f = (decays @ e.unsqueeze(-1)).squeeze(-1)
+    of_s = momenta[..., -1, :] * lr
+    w1, w2, s1, s2 = (x.flatten(0, 1) for x in (w1, w2, s1, s2))
+    outputs = []
+    for i in range(tokens // size):
+        x, y, b, g, wi = k[:, i], q[:, i], beta[:, i, :, None], f[:, i, :, None], w[:, i]
+        z = x @ w1
+        h = F.gelu(z)
+        d2 = 2 * (h @ w2 - v[:, i])
+        d1 = (d2 @ w2.mT) * _gelu_slope(z)
+        hq = F.gelu(b * (y @ w1) + g * (y @ s1) - (wi * (y @ x.mT)) @ d1)
+        outputs.append(b * (hq @ w2) + g * (hq @ s2) - (wi * (hq @ h.mT)) @ d2)
+        end, of_w, of_trace = wi[:, -1, :, None], b[:, -1:], g[:, -1:]
+        last, trace = e[:, i, -1, None, None], of_s[:, i, :, None]
+        w1 = of_w * w1 + of_trace * s1 - (end * x).mT @ d1
+        w2 = of_w * w2 + of_trace * s2 - (end * h).mT @ d2
+        s1 = last * s1 - (trace * x).mT @ d1
+        s2 = last * s2 - (trace * h).mT @ d2
+    y = torch.cat(outputs, 1).unflatten(0, (batch, heads)).transpose(1, 2)
+    return y, *(x.unflatten(0, (batch, heads)) for x in (w1, w2, s1, s2))
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * (2 * torch.pi) ** -0.5 * torch.exp(-z * z / 2)

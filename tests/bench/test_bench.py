@@ -214,17 +214,17 @@ def test_targets_are_met_or_missed_by_their_numbers(result):
         if row["params"].get("case") == "base":
             row["stats"] |= ms
         if row["params"].get("provider") == THEIRS.name:
-            row["stats"]["median"] = 0.080
+            row["stats"]["median"] = 0.160
     result["questions"]["overhead"]["Qwen2-Audio"] |= dict(
         share_of_prefill=0.5, share_of_decode=0.001
     )
     found = {row["target"]: row for row in targets.verdicts(targets.CPU, result)}
-    assert found["forward, times titans-pytorch (T=512)"]["measured"] == pytest.approx(80.0)
+    assert found["forward, times titans-pytorch (T=512)"]["measured"] == pytest.approx(160.0)
     assert found["forward, times titans-pytorch (T=512)"]["met"] is True
     assert found["forward, times its chunk-gate mode"]["met"] is False
     assert found["% added to the prefill of a narrow Qwen2-Audio"]["met"] is False
     assert found["% added to its decode"]["met"] is True
-    assert "| ≤ 5 | 50.00 | **missed** |" in report.targets_table(result)
+    assert "| ≤ 6 | 50.00 | **missed** |" in report.targets_table(result)
     unasked = targets.verdicts(targets.CPU, {"questions": {}})
     assert {row["measured"] for row in unasked} == {row["met"] for row in unasked} == {None}
 
