@@ -28,8 +28,8 @@ Kept walk_forward(Walk& walk, const std::vector<Place>& places, Arena& arena) {
     return copy;
   };
   for (const Place& place : places) {
-    kept.W.push_back(keep(walk.W));
-    kept.S.push_back(keep(walk.S));
+    kept.W.push_back(keep(walk.now.W));
+    kept.S.push_back(keep(walk.now.S));
     if (&place == &places.back()) break;
     walk.factors(place, nullptr);
     walk.write(place);
@@ -47,7 +47,8 @@ void backward(const mal_cpu_neural_memory_bwd_args& args, const Task& k, Arena& 
   zero_memory(z, d.I);
   if (args.d_new_anchor.last) load_memory(z, args.d_new_anchor, k.g, d.A);
 
-  Walk walk(k, arena, take_memory(arena, z), take_memory(arena, z), false);
+  const State scratch{take_memory(arena, z), take_memory(arena, z)};
+  Walk walk(k, arena, scratch, false);
   const Memory anchor = walk.A;  // the one given
   Tile& t = walk.tile;
   if (walk.I) transpose_memory(z, walk.I, d.IT);

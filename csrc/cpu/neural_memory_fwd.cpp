@@ -16,17 +16,19 @@ MAL_API int mal_cpu_neural_memory_fwd(const mal_cpu_neural_memory_fwd_args* args
   return mal::each_task(call, args->threads, [&](long g, mal::Arena& arena) {
     const mal::Task task(call, shape, g);
     const bool keeps_anchor = args->new_anchor.last;
-    mal::Walk walk(task, arena, args->new_weights, args->new_trace, keeps_anchor);
+    const mal::State to{mal::take_working(arena, shape, args->new_weights, g),
+                        mal::take_working(arena, shape, args->new_trace, g)};
+    mal::Walk walk(task, arena, to, keeps_anchor);
     for (mal::Place at : task.places()) {
       walk.factors(at, args->surprise);
       if (call.q) {
-        mal::read(task, walk.tile, at, walk.W, walk.S, walk.I, false);
+        mal::read(task, walk.tile, at, walk.now.W, walk.now.S, walk.I, false);
         task.unpack_tokens(walk.tile.zq, at, args->output);
       }
       walk.write(at);
     }
-    mal::store_memory(shape, walk.W, args->new_weights, g);
-    mal::store_memory(shape, walk.S, args->new_trace, g);
+    mal::store_memory(shape, walk.now.W, args->new_weights, g);
+    mal::store_memory(shape, walk.now.S, args->new_trace, g);
     if (keeps_anchor) mal::store_memory(shape, walk.A, args->new_anchor, g);
   });
 }

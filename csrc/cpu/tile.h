@@ -314,31 +314,41 @@ inline void descend(const Task& k, Tile& t, const float* rate, Memory to) {
   }
 }
 
-inline void write(const Task& k, Tile& t, Place at, Memory W, Memory S, Memory I) {
+// The state after the tile in W and S, which lie in `to` from then on: at first they may be the
+// caller's, who gave them to be read.
+struct State {
+  Memory W, S;
+};
+
+inline void write(const Task& k, Tile& t, Place at, State& now, State to, Memory I) {
   const Shape& z = k.shape;
+  const Memory W = now.W, S = now.S;
   if (k.c.token_steps) {
     const float beta = t.beta[t.C - 1], f = t.f[t.C - 1], eps = t.eps[t.C - 1];
     each_vector(z, [&](int l, long i) {
       const vec s = load(S.at[l] + i);
       vec w = beta * load(W.at[l] + i) + f * s;
       if (I) w += (1 - beta) * load(I.at[l] + i);
-      store(W.at[l] + i, w);
-      store(S.at[l] + i, eps * s);
+      store(to.W.at[l] + i, w);
+      store(to.S.at[l] + i, eps * s);
     });
-    descend(k, t, t.of_w, W);
-    descend(k, t, t.of_s, S);
+    now = to;
+    descend(k, t, t.of_w, to.W);
+    descend(k, t, t.of_s, to.S);
     return;
   }
   const float eta = k.c.momentum ? k.c.momentum[k.gate(at.chunk)] : 0;
   const float alpha = k.c.decay ? k.c.decay[k.gate(at.chunk)] : 0;
   if (at.opens)
-    each_vector(z, [&](int l, long i) { store(S.at[l] + i, eta * load(S.at[l] + i)); });
-  descend(k, t, t.rate, S);
-  if (at.closes)
-    each_vector(z, [&](int l, long i) {
-      const vec w = (1 - alpha) * load(W.at[l] + i) + load(S.at[l] + i);
-      store(W.at[l] + i, I ? w + alpha * load(I.at[l] + i) : w);
-    });
+    each_vector(z, [&](int l, long i) { store(to.S.at[l] + i, eta * load(S.at[l] + i)); });
+  now.S = to.S;  // a chunk opens with the first tile
+  descend(k, t, t.rate, to.S);
+  if (!at.closes) return;
+  each_vector(z, [&](int l, long i) {
+    const vec w = (1 - alpha) * load(W.at[l] + i) + load(to.S.at[l] + i);
+    store(to.W.at[l] + i, I ? w + alpha * load(I.at[l] + i) : w);
+  });
+  now.W = to.W;
 }
 
 }  // namespace mal

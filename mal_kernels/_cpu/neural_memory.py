@@ -25,7 +25,7 @@ def memory_fwd(
     stays = _stays_in_its_chunk(call)
     new_weights, new_trace = ([w.new_empty(w.shape) for w in call.weights] for _ in range(2))
     new_anchor = [w.new_empty(w.shape) for w in call.weights if keeps and not stays]
-    surprise = k.new_empty(call.lr.shape, dtype=torch.float32)
+    surprise = call.weights[0].new_empty(call.lr.shape)
     output = k.new_empty(0 if call.q is None else call.q.shape)
     fields = dict(
         **call_fields(call),
