@@ -215,8 +215,9 @@ def explain(op: str) -> tuple[str, str]:
 
     Example:
         >>> from mal_kernels.ops import explain
-        >>> explain("memory_read")[0]
-        'reference'
+        >>> backend, why = explain("memory_read")
+        >>> backend in ("reference", "cpu", "triton", "cuda")
+        True
     """
     return resolve("auto", op, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

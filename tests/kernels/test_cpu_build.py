@@ -139,6 +139,33 @@ def test_without_a_compiler_the_portable_path_serves_and_says_why(
         ops.neural_memory(*args, **options, backend="cpu")
 
 
+def without_a_compiler(tmp_path):
+    """The environment of a machine that has neither a compiler nor a library."""
+    away = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "200"}
+    here = {n: x for n, x in os.environ.items() if n not in ("CXX", "MAL_BACKEND")}
+    return here | away | {"PYTHONPATH": str(ROOT)}
+
+
+def test_without_a_compiler_doctor_says_so_in_a_line_for_each_op(tmp_path):
+    command = [sys.executable, "-m", "mal_kernels", "doctor"]
+    done = subprocess.run(command, env=without_a_compiler(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "there is no C++ compiler" in line]
+    assert len(lines) == 5
+    assert all("reference" in line and "install g++ or clang++" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_suite_passes(tmp_path):
+    """A part of it, which calls every op with ``backend="auto"``."""
+    env = without_a_compiler(tmp_path) | {"PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/memory", "-m", "not slow"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert not [*(tmp_path / "cache").rglob("*.so")]
+
+
 def test_nothing_is_loaded_at_import_nor_by_another_backend():
     code = (
         "import sys, torch; from mal_kernels import MemoryState, ops; x = torch.ones(1, 2, 1, 3);"
