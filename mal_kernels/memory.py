@@ -437,14 +437,23 @@ def write_rows(
         kept = (not_finite[cu_seqlens].diff() == 0).cpu()
     while kept.any():
         some, ends, into = _only(kept, tokens, cu_seqlens, rows)
-        new, surprise = memory.write(some, ends, state.index_select(into))
+        whole = _is_every_row(into, state)
+        before = state if whole else state.index_select(into)
+        new, surprise = memory.write(some, ends, before)
         bounded = torch.ones(len(into), dtype=torch.bool)
         if max_norm is not None:  # false for NaN, and with no bound for infinity
             bounded = _bounded(new.detach(), max_norm)
         if bounded.all():
-            return Written(_put(state, into, new.end_chunk()), surprise[0], kept)
+            new = new.end_chunk()
+            return Written(new if whole else _put(state, into, new), surprise[0], kept)
         kept[kept.clone()] = bounded
     return Written(state, tokens.new_zeros(0, memory.heads), kept)
+
+
+def _is_every_row(rows: Tensor, state: MemoryState) -> bool:
+    """Whether ``rows`` are all rows in order; elsewhere than on a CPU nobody waits to know it."""
+    count = state.batch_size
+    return rows.device.type == "cpu" and len(rows) == count and rows.tolist() == [*range(count)]
 
 
 def _bounded(state: MemoryState, max_norm: float) -> Tensor:

@@ -99,6 +99,8 @@ class TurnReport:
 
     def _mean(self, x: Tensor, row_of: Tensor) -> Tensor:
         """The mean in each row of ``x`` ``[N, ...]``, NaN where there is none."""
+        if self.rows == 1:
+            return x.mean(0, keepdim=True)
         sums, counts = x.new_zeros(self.rows, *x.shape[1:]), x.new_zeros(self.rows)
         counts = counts.index_add(0, row_of, x.new_ones(len(x)))
         return sums.index_add(0, row_of, x) / counts.view(-1, *[1] * (x.dim() - 1))
