@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
 from bench import Result, machine
@@ -9,9 +11,9 @@ from bench import Result, machine
 
 def pytest_configure(config: pytest.Config) -> None:
     """Flushes denormals for all providers while this process lives."""
-    flush = machine.flushed_denormals()
-    flush.__enter__()
-    config.add_cleanup(lambda: flush.__exit__(None, None, None))
+    stack = ExitStack()
+    stack.enter_context(machine.flushed_denormals())
+    config.add_cleanup(stack.close)
 
 
 def pytest_benchmark_update_machine_info(machine_info: Result) -> None:

@@ -92,9 +92,7 @@ EAGER = Provider("PyTorch, closed form", "token", lambda case: closed_form(case.
 COMPILED = Provider(
     "torch.compile, closed form", "token", lambda case: closed_form(case.chunk_size, True)
 )
-LEAN = Provider(
-    "torch.compile, lean closed form", "token", lambda case: lean_form(case.chunk_size)
-)
+LEAN = Provider("torch.compile, lean closed form", "token", lambda case: lean_form(case.chunk_size))
 OURS_CHUNK = Provider("mal_kernels", "chunk", ours("chunk"))
 THEIRS_CHUNK = Provider("titans-pytorch", "chunk", titans_pytorch("chunk"))
 AUTOGRAD = Provider("PyTorch, autograd per chunk", "chunk", plain("chunk"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench import Result, schema
 from bench.providers import AUTOGRAD, COMPILED, LEAN, OURS, OURS_CHUNK, THEIRS, THEIRS_CHUNK
@@ -74,7 +74,7 @@ def _per_token(result: Result, kind: str) -> float:
     return float(ms[16384] / 16 / ms[1024])
 
 
-def _both(name: str, forward: float, both: float, **options: str) -> list[Target]:
+def _both(name: str, forward: float, both: float, **options: Any) -> list[Target]:
     """Times another provider on the base case: on two threads by the wall, on one by CPU time."""
     found = []
     for threads, read in (("", partial(ratio, case="base")), (", one thread", _one_thread)):
@@ -90,9 +90,7 @@ CPU = (
     *_both("titans-pytorch (T=512)", 150, 100, other=THEIRS.name),
     *_both("torch.compile of the closed form", 2, 2, other=COMPILED.name),
     *_both("torch.compile of the lean closed form", 1.5, 1.8, other=LEAN.name),
-    *_both(
-        "autograd per chunk, chunk steps", 3, 3, other=AUTOGRAD.name, mine=OURS_CHUNK.name
-    ),
+    *_both("autograd per chunk, chunk steps", 3, 3, other=AUTOGRAD.name, mine=OURS_CHUNK.name),
     Target("forward ratio, T=1024 over T=256", "≥", 1, partial(_growth, kind="forward")),
     Target(
         "forward and backward ratio, likewise", "≥", 1, partial(_growth, kind="forward_backward")

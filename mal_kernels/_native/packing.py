@@ -21,7 +21,7 @@ ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
 
 
 class BadValues(ValueError):
-    """A kernel found gates or indices out of bounds; the op, which knows their names, says which."""
+    """A kernel found gates or indices out of bounds; the op, which knows the names, says which."""
 
 
 def call(library: ctypes.CDLL, function: str, **fields: Tensor | int | float | None) -> int:
@@ -34,6 +34,13 @@ def call(library: ctypes.CDLL, function: str, **fields: Tensor | int | float | N
 
 
 _layouts: dict[str, struct.Struct] = {}  # of a function's struct: every field is 8 bytes
+
+
+def word(x: Tensor | int | float | None) -> bytes:
+    """A field of a struct: 8 bytes."""
+    if isinstance(x, Tensor):
+        return struct.pack("=Q", x.data_ptr())
+    return struct.pack("=d", x) if isinstance(x, float) else struct.pack("=q", x or 0)
 
 
 def shapes(fields: Fields) -> str:

@@ -36,7 +36,8 @@ class Operator:
         schema: str,
         run: Callable[..., Any],
         fake: Callable[..., Any],
-        gradient: Callable[[list[Any], list[Any], list[Any]], Sequence[Tensor | None]] | None = None,
+        gradient: Callable[[list[Any], list[Any], list[Any]], Sequence[Tensor | None]]
+        | None = None,
     ) -> None:
         self.run, self.gradient = run, gradient
         name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -72,7 +73,9 @@ class Operator:
                 return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *fields)
 
         tensors = tensors_of(fields)
-        return self._recorded(below, fields, tensors) if _want_gradients(tensors) else below(*fields)
+        return (
+            self._recorded(below, fields, tensors) if _want_gradients(tensors) else below(*fields)
+        )
 
     def _recorded(
         self, run: Callable[..., Any], fields: Sequence[Any], tensors: list[Tensor]

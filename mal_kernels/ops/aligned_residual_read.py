@@ -131,8 +131,8 @@ def aligned_residual_read(
             any float dtype; the computation runs in the dtype of the state.
         activation: gelu (erf), gelu_tanh, silu or relu.
         residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (float16 and bfloat16
-            ``hidden``, no gradients).
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (float16 and
+            bfloat16 ``hidden``, no gradients).
 
     Returns:
         ``[B, S, Dm]`` in the dtype of ``hidden``; a new tensor.
@@ -184,7 +184,8 @@ def aligned_residual_read_(
             any float dtype; the computation runs in the dtype of the state.
         activation: gelu (erf), gelu_tanh, silu or relu.
         residual_norm: ``M(x) = x + (1 + γ) ⊙ LayerNorm(mlp(x))``; γ is the state's last tensor.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (float16 and bfloat16).
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (float16 and
+            bfloat16).
 
     Returns:
         ``hidden``.

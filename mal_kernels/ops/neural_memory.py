@@ -168,12 +168,8 @@ def neural_memory(
     options = (chunk_size, step, activation, residual_norm, max_grad_norm)
     tokens = (q, k, v, lr, momentum, decay)
     limits = _limits(*tokens, state, init, cu_seqlens, *options)
-    call = MemoryCall(
-        *tokens,
-        *map(list, (state.weights, state.momentum, state.anchor or (), init or ())),
-        *(state.position, cu_seqlens),
-        *options,
-    )
+    lists = map(list, (state.weights, state.momentum, state.anchor or (), init or ()))
+    fields: list[Any] = [*tokens, *lists, state.position, cu_seqlens, *options]
     name, _ = resolve(
         *(backend, "memory_update" if q is None else "neural_memory", k.device),
         **limits,
@@ -181,7 +177,7 @@ def neural_memory(
         features=k.shape[3],
         tokens=k.shape[0] * k.shape[1],
     )
-    return NeuralMemoryOutput.of(*_forward(*call, name))
+    return NeuralMemoryOutput.of(*_forward(*fields, name))
 
 
 @once_per_kind
@@ -200,7 +196,7 @@ def _limits(
     activation: str,
     residual_norm: bool,
     max_grad_norm: float | None,
-) -> dict[str, str | None]:
+) -> dict[str, Any]:
     """Checks all but values; returns why backends cannot serve the call, by argument of resolve."""
     check_tokens("k", k)
     check_tokens("v", v, like=k)

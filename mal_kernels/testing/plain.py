@@ -123,7 +123,7 @@ def lean_form(chunk_size: int) -> Op:
 
     The coefficients of all chunks are computed at once, and the loop over chunks is unrolled.
     """
-    whole = torch.compile(_lean, dynamic=False)
+    whole: Callable[..., Any] = torch.compile(_lean, dynamic=False)
 
     def op(*arguments: Any) -> tuple[Tensor, MemoryState]:
         *tokens, state = arguments

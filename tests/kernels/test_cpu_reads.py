@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -107,7 +109,7 @@ def turn(heads=2, D=8, E=12, Dm=20, depth=2, norm=False, rows=3, seed=0):
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     dims = [D, *[E] * (depth - 1), D]
-    weights = [normal(rows, heads, a, b) / a**0.5 for a, b in zip(dims, dims[1:], strict=False)]
+    weights = [normal(rows, heads, a, b) / a**0.5 for a, b in pairwise(dims)]
     weights += [0.3 * normal(rows, heads, D)] if norm else []
     inner = heads * D
     params = [1 + 0.1 * normal(Dm), *normal(2, inner, Dm) / Dm**0.5, normal(Dm, inner) / inner**0.5]
@@ -205,7 +207,7 @@ def test_an_operator_is_seen_by_whoever_looks_and_else_passed_by():
     with torch._subclasses.FakeTensorMode() as mode:
         fake = ops.memory_read(mode.from_tensor(q), state.map(mode.from_tensor))
     assert fake.shape == plain.shape
-    with pytest.raises(RuntimeError, match="vmap|[Bb]atching"):
+    with pytest.raises(RuntimeError, match=r"vmap|[Bb]atching"):
         torch.vmap(lambda x: ops.memory_read(x, state))(q.unsqueeze(0))
 
 

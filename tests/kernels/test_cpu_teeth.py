@@ -75,12 +75,13 @@ def test_a_planted_bug_is_seen(bug, monkeypatch, tmp_path):
 
 def test_scratch_that_remembers_is_seen(monkeypatch, tmp_path):
     # a sum over the padding: right until something has left its NaN there
-    bug = ("] = row_dot(e, e, z.D);", "] = row_dot(e, e, last.stride);")
+    bug = ("b.at[l] + i * y.stride, y.out);", "b.at[l] + i * y.stride, y.stride);")
     serve(monkeypatch, compiled(tmp_path, bug=bug))
     inputs = make_inputs(head_dim=9, hidden=13, dtype=torch.float32)
-    before = results(neural_memory, inputs)["surprise"]
+    before = results(neural_memory, inputs)
     results(neural_memory, inputs._replace(v=inputs.v * torch.nan))
-    assert not torch.equal(results(neural_memory, inputs)["surprise"], before)
+    after = results(neural_memory, inputs)
+    assert not all(torch.equal(after[name], x) for name, x in before.items())
 
 
 @pytest.fixture(scope="module")
