@@ -186,7 +186,19 @@ class Scopes:
 
     def leave(self, dialogue: Dialogue) -> None:
         """Leaves what was opened by hand, as by an ``ExitStack``."""
-        held = (x.held_by for x in self.innermost().chain() if x.dialogue is dialogue)
+        self._leave(lambda scope: scope.dialogue is dialogue)
+
+    def disable(self, frame: FrameType) -> None:
+        """Calls in the thread or task of ``frame`` are no turns, until :meth:`enable` is called."""
+        if self.innermost().enabled:
+            self.within(enabled=False).enter(frame, by_hand=True)
+
+    def enable(self) -> None:
+        """Ends what :meth:`disable` began."""
+        self._leave(lambda scope: not scope.enabled)
+
+    def _leave(self, is_wanted: Callable[[Scope], bool]) -> None:
+        held = (x.held_by for x in self.innermost().chain() if is_wanted(x))
         opening = next(filter(None, held), None)
         if opening is not None:
             opening.leave()

@@ -6,6 +6,8 @@ any other of its own. The host stays what it is: its modules keep their places a
 
 Two things PEFT does are impossible here and raise: merging into the weights of the host, and
 several active adapters. PEFT's list of methods is a closed enumeration, to which a member is added.
+One thing is better than with methods that change the host: ``disable_adapter()`` says it of the thread
+or asyncio task that is inside of it, and the turns of others are turns.
 
 Example:
     >>> from peft import get_peft_model
@@ -22,6 +24,7 @@ Example:
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -84,6 +87,17 @@ class MALLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.mal_adapters = nn.ModuleDict()
+
+    @property
+    def active(self) -> MALAdapter:
+        """The adapter that is attached."""
+        adapters: Any = self.mal_adapters
+        return adapters[self.active_adapters[0]]
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapter is off in this thread or asyncio task."""
+        return not self.active._scopes.innermost().enabled
 
 
 class MALModel(BaseTuner):  # type: ignore[misc]
@@ -148,8 +162,8 @@ class MALModel(BaseTuner):  # type: ignore[misc]
     @property
     def mal(self) -> MALAdapter:
         """The active adapter."""
-        adapters: Any = self.mal_layer.mal_adapters
-        return adapters[self.mal_layer.active_adapters[0]]
+        active: MALAdapter = self.mal_layer.active
+        return active
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Attaches another adapter in the place of the active one.
@@ -162,13 +176,14 @@ class MALModel(BaseTuner):  # type: ignore[misc]
         if len(names) != 1 or names[0] not in known:
             raise ArgumentError(f"adapter_name is {adapter_name!r}; pass one of {list(known)}.")
         enabled = not self.mal_layer.disable_adapters
-        if enabled:
-            self.mal.detach()
+        self.mal.detach()
+        self.enable_adapter_layers()
         self.mal.requires_grad_(False)
         self.mal_layer._active_adapter = self.active_adapter = names[0]
         self.mal.requires_grad_(not inference_mode)
-        if enabled:
-            self.mal.attach(self.model)
+        self.mal.attach(self.model)
+        if not enabled:
+            self.disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter that is not the active one.
@@ -185,8 +200,7 @@ class MALModel(BaseTuner):  # type: ignore[misc]
 
     def unload(self) -> nn.Module:
         """The host as it was; the adapter stays with :attr:`mal`."""
-        if not self.mal_layer.disable_adapters:
-            self.mal.detach()
+        self.mal.detach()
         return self.model
 
     def merge_and_unload(self, *_: Any, **__: Any) -> nn.Module:
@@ -208,10 +222,17 @@ class MALModel(BaseTuner):  # type: ignore[misc]
         """Never called: no module of the host is replaced."""
         raise NotImplementedError
 
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        if enabled == self.mal_layer.disable_adapters:
-            self.mal.attach(self.model) if enabled else self.mal.detach()
-            self.mal_layer._disable_adapters = not enabled
+    def disable_adapter_layers(self) -> None:
+        """Calls of the host in this thread or asyncio task neither read nor write from here on.
+
+        Raises:
+            ArgumentError: it is a generator that says so, whose caller would be affected, too.
+        """
+        self.mal._scopes.disable(sys._getframe(1))
+
+    def enable_adapter_layers(self) -> None:
+        """Ends what :meth:`disable_adapter_layers` began."""
+        self.mal._scopes.enable()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing: a memory is float32 always."""

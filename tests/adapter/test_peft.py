@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -63,6 +64,40 @@ def test_a_host_in_peft_is_the_host(host):
     assert model.unload() is host
     assert torch.equal(logits(host, x), clean)
     assert len(mal.dialogues) == 0
+
+
+def test_without_the_adapter_in_one_thread_is_with_it_in_another(host):
+    x = tiny_inputs(host, [[5]])
+    clean = logits(host.requires_grad_(False), x)
+    model = peft.get_peft_model(host, config())
+    mal = trained(model)
+    expected = logits(model, x)
+    heard = []
+
+    def elsewhere():
+        with mal.dialogue("b"):
+            heard.append(logits(model, x))
+
+    with mal.dialogue("a"), model.disable_adapter():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert torch.equal(logits(model, x), clean)
+    assert torch.equal(heard[0], expected)
+    assert [len(mal.dialogues.latest(name).clips) for name in "ab"] == [0, 1]
+    assert torch.equal(logits(model, x), expected)
+
+
+def test_a_generator_may_not_switch_the_adapter_off(host):
+    model = peft.get_peft_model(host, config())
+
+    def stream():
+        with model.disable_adapter():
+            yield
+
+    with pytest.raises(ArgumentError, match=r"generator stream\(\) opens a context"):
+        next(stream())
+    assert not model.base_model.mal_layer.disable_adapters
 
 
 # of a host without a name, where huggingface_hub may not ask the network
@@ -145,6 +180,13 @@ def test_one_of_several_adapters_is_active(host):
     ):
         model.delete_adapter("second")
     model.set_adapter("default")
+    assert torch.equal(logits(model, x), expected)
+    with model.disable_adapter():
+        clean = logits(model, x)
+        model.set_adapter("second")
+        assert torch.equal(logits(model, x), clean)
+        model.set_adapter("default")
+        assert torch.equal(logits(model, x), clean)
     assert torch.equal(logits(model, x), expected)
     model.delete_adapter("second")
     assert list(model.peft_config) == ["default"]
