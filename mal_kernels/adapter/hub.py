@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ def save(folder: Path, config: MALConfig, weights: Mapping[str, Tensor]) -> None
 
     Weights are float32 under the names they have without ``torch.compile``. With them stand the
     fields of the configuration that they belong to, so that half of a save is not taken for one.
+    The name of the base model is written if it is that of a repository: a path says how a machine
+    is laid out, and any other text could say in the card what its author never did.
 
     Raises:
         StoreError: a file cannot be written.
@@ -30,10 +34,17 @@ def save(folder: Path, config: MALConfig, weights: Mapping[str, Tensor]) -> None
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot make the folder {folder}: {error}. Pass another.") from error
+    config = replace(config, base_model_name_or_path=_repository(config.base_model_name_or_path))
     plain = {name.replace("_orig_mod.", ""): x.detach().float() for name, x in weights.items()}
     write_tensors(folder / WEIGHTS_NAME, "adapter", plain, {"config": _belongs_to(config)})
     write_file(folder / CONFIG_NAME, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
     write_file(folder / "README.md", model_card(config.base_model_name_or_path).encode())
+
+
+def _repository(name: str | None) -> str | None:
+    """``name`` if it is that of a repository of the hub, as far as that can be told here."""
+    found = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name or "", re.ASCII)
+    return found[0] if found and not Path(found[0]).exists() else None
 
 
 def _belongs_to(config: MALConfig) -> dict[str, Any]:

@@ -51,6 +51,23 @@ def test_model_card_names_the_base_model(host, tmp_path):
     assert card.data.base_model_relation == "adapter"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["/data/me/host", "../host", "folder", "host\nlicense: mit", "<b>host</b>", "a/b/c", "host "],
+)
+def test_only_the_name_of_a_repository_is_saved(name, host, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    host.config._name_or_path = name
+    mal = MALAdapter(CONFIG).attach(host)
+    mal.save_pretrained("saved")
+    assert mal.config.base_model_name_or_path == name
+    assert MALAdapter.from_pretrained("saved").config.base_model_name_or_path is None
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "base_model" not in card
+    assert name.strip() not in card.replace("this/repository", "")
+
+
 def test_what_is_pushed_to_the_hub_can_be_loaded_from_it(host, monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     done = {}
