@@ -187,7 +187,11 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "depth": (lambda depth: _is_count(depth, 64), "an int from 1 to 64"),
     "activation": (lambda name: name in ACTIVATIONS, f"one of {ACTIVATIONS}"),
     "residual_norm": (lambda flag: isinstance(flag, bool), "True or False"),
-    "max_lr": (_is_positive, "a positive number"),
+    # with a decade of room below it for the rates that heads start with
+    "max_lr": (
+        lambda rate: _is_positive(rate) and 1e-30 <= rate <= 1e30,
+        "a number from 1e-30 to 1e30",
+    ),
     "lr_init": (
         _or_none(lambda rates: isinstance(rates, (list, tuple)) and all(map(_is_positive, rates))),
         "a tuple of positive numbers, one per head, or None to spread them",

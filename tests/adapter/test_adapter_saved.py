@@ -79,8 +79,18 @@ def test_a_state_is_loaded_by_torch_without_trust(tmp_path):
         {"decay_init": 1e-46},
         {"lr_init": (0.1, 0.5 - 1e-12)},
         {"lr_init": (1e-46, 0.1)},
+        {"max_lr": 1e39},
+        {"max_lr": 1e-45},
     ],
 )
 def test_rates_whose_logit_is_infinite_are_refused(values):
     with pytest.raises(ArgumentError, match=next(iter(values))):
         MALConfig(heads=2, **values)
+
+
+@pytest.mark.parametrize("max_lr", [1e-30, 1e30])
+def test_an_adapter_at_the_bounds_of_its_rates_comes_back(tmp_path, max_lr):
+    mal = MALAdapter(dataclasses.replace(CONFIG, max_lr=max_lr))
+    assert all(x.isfinite().all() for x in mal.parameters())
+    mal.save_pretrained(tmp_path)
+    assert MALAdapter.from_pretrained(tmp_path).config.max_lr == max_lr
