@@ -257,8 +257,9 @@ class Turn:
         """
         if self.expected_shape is not None or self.projected:
             raise HostError(
-                "the host was given audio but no hidden states passed the site of the adapter; "
-                "name the right decoder in HostSpec(decoder=...)."
+                "the host was given audio but no hidden states passed the site of the adapter. If "
+                "it was compiled and called before attach(), call torch.compiler.reset() after it; "
+                "else name the right decoder in HostSpec(decoder=...)."
             )
         if not self.clip_rounds:
             return None
