@@ -129,6 +129,11 @@ class MALModel(BaseTuner):  # type: ignore[misc]
         self.mal_layer = MALLayer()
         self.inject_adapter(model, adapter_name, low_cpu_mem_usage)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # copies of a host and of an adapter do not know each other
+        super().__setstate__(state)
+        self.mal.attach(self.model)
+
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False, **_: Any
     ) -> None:

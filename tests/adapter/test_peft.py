@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -85,6 +87,20 @@ def test_without_the_adapter_in_one_thread_is_with_it_in_another(host):
         assert torch.equal(logits(model, x), clean)
     assert torch.equal(heard[0], expected)
     assert [len(mal.dialogues.latest(name).clips) for name in "ab"] == [0, 1]
+    assert torch.equal(logits(model, x), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_is_a_host_with_its_own_adapter(host, copied):
+    model = peft.get_peft_model(host, config())
+    mal, x = trained(model), tiny_inputs(host, [[5]])
+    expected, twin = logits(model, x), copied(model)
+    with mal.dialogue("a"), twin.base_model.mal.dialogue("a") as dialogue:
+        assert torch.equal(logits(twin, x), expected)
+        assert dialogue.turns == [1]
+    assert len(mal.dialogues) == 0
+    torch.nn.init.zeros_(twin.base_model.mal.memory.to_out.weight)
+    assert not torch.equal(logits(twin, x), expected)
     assert torch.equal(logits(model, x), expected)
 
 
