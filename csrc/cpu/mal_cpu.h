@@ -116,4 +116,14 @@ struct mal_cpu_momentum_scan_bwd_args {
 };
 MAL_API int mal_cpu_momentum_scan_bwd(const mal_cpu_momentum_scan_bwd_args*);
 
+// NH of T frames of K words, K even: frames beside each other (step_t 1), or their words (step_k 1).
+struct mal_cpu_clip_hash_args {
+  int64_t T, K;
+  int64_t step_t, step_k;  // from a frame to the next, from a word to the next
+  const uint32_t* words;
+  const uint32_t* key;  // [K]
+  uint64_t* hashes;     // [T]
+};
+MAL_API int mal_cpu_clip_hash(const mal_cpu_clip_hash_args*);
+
 MAL_API int64_t mal_cpu_lanes(void);  // floats of a vector: what the library was compiled for

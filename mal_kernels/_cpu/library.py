@@ -50,6 +50,14 @@ def target() -> str:
     return known.get(torch.backends.cpu.get_cpu_capability(), "portable")
 
 
+_LOADED: set[str] = set()
+
+
+def is_loaded() -> bool:
+    """Whether this process has the library for this processor; asking does not load or build it."""
+    return target() in _LOADED
+
+
 @functools.cache
 def load(name: str) -> ctypes.CDLL:
     """The library for a target: the one of this installation, else of the user's cache.
@@ -59,6 +67,8 @@ def load(name: str) -> ctypes.CDLL:
     """
     installed = Path(__file__).parent / library_name(name)
     try:
-        return ctypes.CDLL(str(installed if installed.exists() else cached(name)))
+        found = ctypes.CDLL(str(installed if installed.exists() else cached(name)))
     except OSError as error:
         raise BuildError(f"the CPU kernels cannot be loaded: {error}") from error
+    _LOADED.add(name)
+    return found
