@@ -22,7 +22,8 @@ class MemoryState(NamedTuple):
         position: ``[B]`` int64, tokens already seen of the unfinished chunk; ``None`` at a chunk
             boundary. Given together with ``anchor``.
 
-    The state is a value: every op returns a new one and none changes its input.
+    The state is a value: every op returns a new one and none changes its input. ``torch.save``
+    keeps it, and ``torch.load``, which trusts no file, reads it where ``mal_kernels`` is imported.
 
     Example:
         >>> import torch

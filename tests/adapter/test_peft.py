@@ -151,6 +151,17 @@ def test_saved_and_loaded_by_peft_it_says_the_same(host, site, task, tmp_path):
     assert all("mal_adapters.default" in name for name in learning)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file in  -:UserWarning")
+def test_what_peft_saved_in_half_precision_comes_back_as_float32(host, tmp_path):
+    model = peft.get_peft_model(host, config())
+    mal = trained(model).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_host("qwen2_audio"), str(tmp_path))
+    for ours, theirs in zip(mal.parameters(), again.base_model.mal.parameters(), strict=True):
+        assert theirs.dtype == torch.float32
+        assert torch.equal(ours.float(), theirs)
+
+
 def test_what_peft_trained_is_an_adapter_without_peft(host, tmp_path):
     model = peft.get_peft_model(host, config())
     x = tiny_inputs(host, [[5]])
