@@ -6,8 +6,8 @@ any other of its own. The host stays what it is: its modules keep their places a
 
 Two things PEFT does are impossible here and raise: merging into the weights of the host, and
 several active adapters. PEFT's list of methods is a closed enumeration, to which a member is added.
-One thing is better than with methods that change the host: ``disable_adapter()`` says it of the thread
-or asyncio task that is inside of it, and the turns of others are turns.
+``disable_adapter()`` holds in the thread or asyncio task that is inside of it: those of others are
+turns.
 
 Example:
     >>> from peft import get_peft_model
