@@ -108,10 +108,10 @@ def interrupted_at(line: int, function, where) -> bool:
 SHORT = 29, ["mal_kernels/adapter/"]
 LONG = 1, ["mal_kernels/adapter/", "mal_kernels/dialogues/", "contextlib.py"]
 SHORT_KINDS = [("qwen2_audio", "embeds"), ("whisper", "embeds"), ("ultravox", "embeds")]
-LONG_KINDS = [  # where a host has its audio, and what its turn is made in
+LONG_KINDS = [  # decoders, an encoder and projectors, inside of them or not, and a streaming host
     *SHORT_KINDS,
-    *(("qwen2_audio", 1), ("qwen2_5_omni", "embeds"), ("gemma3n", "embeds"), ("gemma3n", 1)),
-    *(("phi4_multimodal", "embeds"), ("voxtral_realtime", "embeds"), ("ltu", "embeds")),
+    *(("qwen2_audio", 1), ("gemma3n", "embeds"), ("gemma3n", 1), ("phi4_multimodal", "embeds")),
+    *(("moshi", "embeds"), ("ltu", "embeds")),
 ]
 
 
