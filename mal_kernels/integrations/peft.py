@@ -91,8 +91,9 @@ class MALLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     @property
     def active(self) -> MALAdapter:
         """The adapter that is attached."""
-        adapters: Any = self.mal_adapters
-        return adapters[self.active_adapters[0]]
+        layer: Any = self
+        active: MALAdapter = layer.mal_adapters[layer.active_adapters[0]]
+        return active
 
     @property
     def disable_adapters(self) -> bool:

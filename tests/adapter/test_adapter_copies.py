@@ -134,6 +134,7 @@ def test_a_compiled_host_is_looked_through(host):
     assert "generate" not in vars(host)
 
 
+@pytest.mark.filterwarnings("ignore::mal_kernels.errors.DetachedWarning")
 def test_a_generate_that_passes_the_hooks_by_is_refused(host):
     mal = attached(host)
     host.forward = MethodType(type(host).forward, host)  # as if another model had been attached
