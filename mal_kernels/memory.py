@@ -442,7 +442,7 @@ def write_rows(
         new, surprise = memory.write(some, ends, before)
         bounded = torch.ones(len(into), dtype=torch.bool)
         if max_norm is not None:  # false for NaN, and with no bound for infinity
-            bounded = _bounded(new.detach(), max_norm)
+            bounded = new.detach().is_below(max_norm)
         if bounded.all():
             new = new.end_chunk()
             return Written(new if whole else _put(state, into, new), surprise[0], kept)
@@ -454,18 +454,6 @@ def _is_every_row(rows: Tensor, state: MemoryState) -> bool:
     """Whether ``rows`` are all rows in order; elsewhere than on a CPU nobody waits to know it."""
     count = state.batch_size
     return rows.device.type == "cpu" and len(rows) == count and rows.tolist() == [*range(count)]
-
-
-def _bounded(state: MemoryState, max_norm: float) -> Tensor:
-    """``[B]`` bool, on the CPU: whether the norm of every head is below ``max_norm``."""
-    norms = [
-        torch.linalg.vector_norm(t.flatten(2), dim=2) for t in (*state.weights, *state.momentum)
-    ]
-    # float32 tells what is far below, at a fraction of the time; NaN and overflow are not
-    far_below = torch.stack(norms).square().sum(0).sqrt() < 0.999 * max_norm
-    if far_below.all():
-        return torch.ones(len(far_below), dtype=torch.bool)
-    return (state.norm() < max_norm).all(1).cpu()
 
 
 def _checked_lengths(lengths: Tensor, cu_seqlens: Tensor | None, hidden: Tensor) -> Tensor:

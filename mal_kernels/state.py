@@ -110,11 +110,21 @@ class MemoryState(NamedTuple):
         In float64, where no finite float32 state overflows. A norm that keeps growing is a memory
         that diverges; ``MALConfig.max_state_norm`` bounds it.
         """
+        return self._norm(torch.float64)
+
+    def _norm(self, dtype: torch.dtype | None = None) -> Tensor:
         norms = [
-            torch.linalg.vector_norm(t.flatten(2), dim=2, dtype=torch.float64)
+            torch.linalg.vector_norm(t.flatten(2), dim=2, dtype=dtype)
             for t in (*self.weights, *self.momentum)
         ]
         return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+    def is_below(self, bound: float) -> Tensor:
+        """``[B]`` bool, on the CPU: whether the norm of every head is below ``bound``."""
+        # float32 tells what is far below, at a fraction of the time; NaN and overflow are not
+        if (self._norm() < 0.999 * bound).all():
+            return torch.ones(self.batch_size, dtype=torch.bool)
+        return (self.norm() < bound).all(1).cpu()
 
     def map(self, f: Callable[[Tensor], Tensor]) -> MemoryState:
         """The state with ``f`` applied to each of its tensors, ``position`` too."""
