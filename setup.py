@@ -31,7 +31,7 @@ class BuildPackage(build_py):
         shutil.copytree(
             ROOT / "csrc",
             package / "csrc",
-            ignore=shutil.ignore_patterns("emu"),  # for tests
+            ignore=shutil.ignore_patterns("emu", "ptx"),  # for tests
             dirs_exist_ok=True,
         )
         if CUDA:
