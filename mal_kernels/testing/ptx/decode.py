@@ -46,7 +46,7 @@ class Instruction(NamedTuple):
 
 @dataclass
 class Form:
-    """What one opcode becomes."""
+    """The operation that one opcode becomes."""
 
     op: str
     operands: list[Operand]

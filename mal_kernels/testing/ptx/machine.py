@@ -49,7 +49,7 @@ LATE = Schedule()
 
 
 class Geometry(NamedTuple):
-    """What a launch gives besides arguments."""
+    """A launch's sizes."""
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -60,7 +60,7 @@ class Geometry(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a launch executed, and what was found.
+    """An outcome is what a launch executed, and what was found.
 
     Attributes:
         kernel: its name.

@@ -130,7 +130,7 @@ def _parameters(text: str) -> dict[str, Parameter]:
 
 
 def _places(text: str) -> dict[int, str]:
-    """What ``.loc`` says of the lines up to the next, with the file's name alone."""
+    """Names file and line that ``.loc`` gives to the lines of PTX up to the next."""
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text, re.MULTILINE))
     found, place = {}, ""
     for number, line in enumerate(text.split("\n"), 1):
