@@ -231,6 +231,7 @@ def retreat_gain(
     tl.store(c.trace + o_here, b_ds, mask=m_d)
     if M.HAS_INIT:
         b_di += tl.load(c.init + o_here, mask=m_d, other=0.0)
+        tl.debug_barrier()  # all warps load what one of them overwrites
         tl.store(c.init + o_here, b_di, mask=m_d)
 
 
@@ -340,6 +341,7 @@ def rate_bwd(t, f, g, i_th, m_t, b_dw, b_ds, M: tl.constexpr):
         b_drate = b_w * b_dw + b_e * b_ds
         if M.READS:
             b_drate += load_vector(g.rate, i_th, m_t, M)
+            tl.debug_barrier()  # all warps load what one of them overwrites
     else:
         b_drate = b_dw + b_ds
     store_vector(g.rate, b_drate, i_th, m_t, M)
@@ -562,7 +564,9 @@ def add_slice(p, b_dw1, b_dw2, b_dgamma, i_slice, M: tl.constexpr):
         if i_slice == 0:
             o_d = tl.arange(0, M.BD)
             p_gain, m_d = p + M.GAIN + o_d, o_d < M.D
-            tl.store(p_gain, tl.load(p_gain, mask=m_d, other=0.0) + b_dgamma, mask=m_d)
+            b_dgamma += tl.load(p_gain, mask=m_d, other=0.0)
+            tl.debug_barrier()  # all warps load what one of them overwrites
+            tl.store(p_gain, b_dgamma, mask=m_d)
 
 
 # --- kernels --------------------------------------------------------------------------------------
