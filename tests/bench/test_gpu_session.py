@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +24,9 @@ from mal_kernels.testing.exercise import small_calls
 
 @pytest.fixture
 def session(tmp_path):
-    return gpu.Session(tmp_path / "gpu.json", tmp_path, True, time.monotonic() + 60)
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    return gpu.Session(tmp_path / "gpu.json", logs, True, time.monotonic() + 60)
 
 
 def python(code: str) -> list[str]:
@@ -189,6 +194,50 @@ tests/kernels/test_triton_neural_memory.py::test_parity[plain] FAILED           
     found = gpu.outcomes(backward, "cuda")
     wrong = {op for op, count in found.items() if count["failed"]}
     assert wrong == {"memory_update", "neural_memory"}
+
+
+BROKEN = """
+def test_first(): pass
+def test_second(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_third(): pass
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_device_costs_one_test(workers, tmp_path):
+    path, names = tmp_path / "test_broken.py", tmp_path / "collected"
+    path.write_text(BROKEN)
+    command = [sys.executable, "-m", "pytest", "-v", "-n", str(workers), "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, *gpu.GUARDED, "-p", "no:cacheprovider", "-p", "no:randomly", str(path)],
+        cwd=gpu.ROOT,
+        env=os.environ | {"MAL_COLLECTED": str(names)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    assert [name.split("::")[1] for name in names.read_text().split()] == [
+        *("test_first", "test_second", "test_third")
+    ]
+    passed = re.findall(r"test_\w+ PASSED|PASSED \S+::test_\w+", done.stdout)
+    assert len(passed) == (2 if workers else 1), done.stdout  # alone, the process is lost
+
+
+def test_ops_without_a_full_verdict_are_failed_by_a_time_out(session):
+    names = [
+        "tests/kernels/test_triton_ops.py::test_memory_read[one]",
+        "tests/kernels/test_triton_ops.py::test_momentum_scan[one]",
+        "tests/kernels/test_triton_ops.py::test_momentum_scan[two]",
+    ]
+
+    def run(step, command, limit, **environment):
+        (session.logs / f"{step}.log").write_text("\n".join(f"{n} PASSED" for n in names[:2]))
+        Path(environment["MAL_COLLECTED"]).write_text("\n".join(names))
+        return "timed out after 240 s"
+
+    session.run = run
+    gpu.parity(session, "triton")
+    assert session.failed == {("triton", "momentum_scan")}
 
 
 def test_names_of_kernels():
