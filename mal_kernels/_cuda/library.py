@@ -19,6 +19,11 @@ from .._native.packing import call, shapes
 from ..errors import BackendUnavailable
 from .build import LIBRARY, cached, target_of
 
+# CUDA errors that say that this launch cannot be: an invalid value, too old a driver, no kernel
+# image for the device, no room for the blocks of a cooperative launch, not supported, no room for
+# the cluster
+REFUSALS = {1, 35, 98, 200, 209, 720, 801, 912}
+
 
 def launch(function: str, device: torch.device, **fields: Tensor | int | float | None) -> None:
     """Calls ``function`` of the library on the current stream of ``device``, without waiting.
@@ -30,6 +35,7 @@ def launch(function: str, device: torch.device, **fields: Tensor | int | float |
 
     Raises:
         BackendUnavailable: there is no library for the device, or it refuses the launch.
+        RuntimeError: the device has failed, now or at an earlier kernel.
     """
     library = load(torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
@@ -37,7 +43,27 @@ def launch(function: str, device: torch.device, **fields: Tensor | int | float |
         error = call(library, function, **fields, stream=stream)
     if error:
         reason = ctypes.string_at(library.mal_error(error)).decode()
-        raise BackendUnavailable(f"{function} on {device}: {reason} ({shapes(fields)})")
+        message = f"{function} on {device}: {reason} ({shapes(fields)})"
+        if error in REFUSALS:
+            raise BackendUnavailable(message)
+        raise RuntimeError(
+            f"{message}; CUDA error {error} is of the device, maybe of an earlier kernel: "
+            "CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer names it, and only a new process recovers"
+        )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, or a contiguous copy if its rows could not be read 16 bytes at a time.
+
+    A view into another tensor may begin anywhere; what an allocator gives is aligned.
+    """
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def readable(fields: Fields) -> Fields:
+    """The fields of what a kernel reads, each tensor :func:`aligned`."""
+    return {name: aligned(x) if isinstance(x, Tensor) else x for name, x in fields.items()}
 
 
 @functools.cache
