@@ -30,6 +30,7 @@ TRITON_OPS = (
     "momentum_scan",
     "aligned_residual_read",
 )
+GRID = 65_535  # blocks along the second and third side of a grid
 CUDA_OPS = ("momentum_scan", "memory_update", "neural_memory", "aligned_residual_read")
 
 
@@ -222,6 +223,13 @@ def explain(op: str) -> tuple[str, str]:
     return resolve("auto", op, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+    return grid_limit(*weights[0].shape[:2])
+
+
+def grid_limit(rows: int, heads: int) -> str | None:
+    """Why a GPU's grid is too small for a call: rows and heads count along its short sides."""
+    if max(rows, heads) > GRID:
+        return f"a GPU's grid takes up to {GRID:,} rows and heads, not {rows:,} and {heads:,}"
 def kernels(op: str, backend: str) -> Any:
     """The launchers of ``op``, in the file of its name in the folder of ``backend``."""
     return importlib.import_module(f"mal_kernels.{FOLDERS[backend]}.{op}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._native.packing import BadValues
 from ..call import ScanCall, schema, tensors_of
 from ..state import MemoryState, MomentumScan
-from ._backend import kernels, resolve
+from ._backend import grid_limit, kernels, resolve
 from ._check import (
     check_bounds,
     check_cu_seqlens,
@@ -123,7 +123,7 @@ def momentum_scan(
             tensors.append(field[0])
     limit = "float64 is served by the reference alone" if update.dtype == torch.float64 else None
     name, _ = resolve(
-        *(backend, "momentum_scan", update.device, limit),
+        *(backend, "momentum_scan", update.device, limit or grid_limit(rows, update.shape[2])),
         cuda_limit=limit,
         cpu_limit=limit,
         dtype=update.dtype,

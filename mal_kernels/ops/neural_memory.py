@@ -22,7 +22,7 @@ from torch import Tensor
 from .._native.packing import BadValues
 from ..call import MemoryCall, n_chunks, schema, tensors_of
 from ..state import MemoryState, NeuralMemoryOutput
-from ._backend import cpu_limit, kernels, memory_limit, resolve
+from ._backend import cpu_limit, grid_limit, kernels, memory_limit, resolve
 from ._check import (
     check_bounds,
     check_chunk_gates,
@@ -240,6 +240,8 @@ def _cuda_limit(k: Tensor, weights: Sequence[Tensor], residual_norm: bool) -> st
             "the CUDA kernel serves depth 1 and 2, a multiple of 8 features up to 128 and, of this "
             f"many, up to {most} hidden units; not depth {depth}, {dim} features, {width} units"
         )
+    if limit := grid_limit(*weights[0].shape[:2]):
+        return limit
     if k.is_cuda and torch.cuda.get_device_capability(k.device) < (9, 0):
         return "the CUDA kernel needs the clusters of compute capability 9.0"
     return None
