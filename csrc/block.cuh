@@ -38,7 +38,9 @@ struct Factors {
   float lr[kTokens], momentum[kTokens], decay[kTokens];
   float on_w[kTokens], on_s[kTokens];  // what X is multiplied with
   float clip[kTokens];                 // and δ, where gradients are clipped
-  float beta, f, epsilon;              // after the tile's last token
+  // after the tile's last token; nvcc loads 16 bytes for the three, which nobody else may write
+  alignas(16) float beta;
+  float f, epsilon, unused;
   float gain[3][kD];                   // γ: of W, of S, of the anchor
 };
 

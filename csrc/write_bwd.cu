@@ -69,7 +69,8 @@ struct Shared {
   float norm[kTokens], k_norm[kTokens], h_norm[kTokens], d2_norm[kTokens];  // squares
   float d1_norm[kTokens];
   float clip[kTokens];  // q
-  float beta, f, epsilon;
+  alignas(16) float beta;  // as in block.cuh
+  float f, epsilon, unused;
 };
 
 template <class T, int kD>
