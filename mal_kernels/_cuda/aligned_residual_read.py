@@ -13,6 +13,7 @@ from torch import Tensor
 from .._native.packing import ACTIVATIONS, DTYPES, state_fields
 from ..call import AlignedCall
 from . import library
+from .library import aligned, readable
 
 # as in csrc/aligned_residual_read.h
 ROWS, COLUMNS, DEPTH = 64, 64, 64
@@ -53,18 +54,12 @@ def aligned_fwd(call: AlignedCall, *, in_place: bool = False) -> Tensor:
         w_q=w_q,
         w_gate=w_gate,
         w_out=w_out,
-        **state_fields("weights", weights, call.residual_norm),
+        **readable(state_fields("weights", weights, call.residual_norm)),
         z=out.new_empty(splits, tokens, 2 * heads * dim, dtype=torch.float32),
         squares=out.new_empty(splits, tokens, dtype=torch.float32),
         a=out.new_empty(tokens, heads * dim),
     )
     return hidden.copy_(out) if in_place and out is not hidden else out
-
-
-def aligned(x: Tensor) -> Tensor:
-    """``x``, or a contiguous copy if its rows could not be read 16 bytes at a time."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
 
 
 @functools.cache

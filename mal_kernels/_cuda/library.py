@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._native.build import BuildError
-from .._native.packing import call, shapes
+from .._native.packing import Fields, call, shapes
 from ..errors import BackendUnavailable
 from .build import LIBRARY, cached, target_of
 

@@ -38,7 +38,7 @@ def memory_fwd(
     library.launch(
         "mal_neural_memory_fwd",
         k.device,
-        **call_fields(call),
+        **library.readable(call_fields(call)),
         **state_fields("new_weights", new_weights, norm),
         **state_fields("new_trace", new_trace, norm),
         **state_fields("new_anchor", new_anchor if keeps else [], norm),

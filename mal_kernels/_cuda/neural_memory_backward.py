@@ -32,12 +32,12 @@ def read_bwd(d_output: Tensor, call: MemoryCall, before: Tiles, to: Fields) -> T
     library.launch(
         "mal_causal_read_bwd",
         call.k.device,
-        **call_fields(call),
+        **library.readable(call_fields(call)),
         tiles=before.slots,
         **state_fields("tile_weights", before.weights, call.residual_norm),
         **state_fields("tile_trace", before.trace, call.residual_norm),
         first_tile=before.first,
-        d_output=d_output.contiguous(),
+        d_output=library.aligned(d_output),
         d_q=d_q,
         **{f"to_{name}": x for name, x in to.items()},
     )
@@ -109,10 +109,12 @@ def write_bwd(
         d_init=d_init,
     )
     fields = {name: state_fields(name, x, call.residual_norm) for name, x in states.items()}
+    for name in ("d_new_weights", "d_new_trace", "d_new_anchor"):  # autograd's
+        fields[name] = library.readable(fields[name])
     library.launch(
         "mal_write_bwd",
         k.device,
-        **call_fields(call),
+        **library.readable(call_fields(call)),
         **fields["tile_weights"],
         **fields["tile_trace"],
         first_tile=before.first,
