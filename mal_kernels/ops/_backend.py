@@ -101,7 +101,7 @@ def resolve(
     if backend == "cpu":
         missing = _no_cpu(op, device) or cpu_limit
     if backend == "triton" and op in TRITON_OPS:
-        missing = _no_triton(device) or triton_limit
+        missing = _no_triton(device) or triton_limit or _no_bfloat16(dtype)
     if backend == "cuda" and op in CUDA_OPS:
         missing = _no_cuda(device) or cuda_limit
     if missing:
@@ -181,6 +181,20 @@ def _no_triton(device: torch.device) -> str | None:
     )
 
 
+def _no_bfloat16(dtype: torch.dtype | None) -> str | None:
+    """Says that Triton's own interpreter computes with the bits of a bfloat16 as an integer."""
+    if dtype != torch.bfloat16 or os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if getattr(InterpreterBuilder, "is_checked", False):
+        return None
+    return (
+        "Triton's interpreter computes bfloat16 wrongly; "
+        "call mal_kernels.testing.interpreter.install() first, which repairs it"
+    )
+
+
 def _no_cuda(device: torch.device) -> str | None:
     """Says what keeps the CUDA kernels from ``device``; a call finds or builds the library."""
     if device.type == "cuda" and not torch.version.hip:
@@ -208,6 +222,13 @@ def memory_limit(
     most = linear if depth == 1 else 128
     if dim > most:
         return f"at depth {depth} the kernels serve up to {most} features a head, not {dim}"
+    return grid_limit(*weights[0].shape[:2])
+
+
+def grid_limit(rows: int, heads: int) -> str | None:
+    """Why a GPU's grid is too small for a call: rows and heads count along its short sides."""
+    if max(rows, heads) > GRID:
+        return f"a GPU's grid takes up to {GRID:,} rows and heads, not {rows:,} and {heads:,}"
     return None
 
 
@@ -223,13 +244,6 @@ def explain(op: str) -> tuple[str, str]:
     return resolve("auto", op, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-    return grid_limit(*weights[0].shape[:2])
-
-
-def grid_limit(rows: int, heads: int) -> str | None:
-    """Why a GPU's grid is too small for a call: rows and heads count along its short sides."""
-    if max(rows, heads) > GRID:
-        return f"a GPU's grid takes up to {GRID:,} rows and heads, not {rows:,} and {heads:,}"
 def kernels(op: str, backend: str) -> Any:
     """The launchers of ``op``, in the file of its name in the folder of ``backend``."""
     return importlib.import_module(f"mal_kernels.{FOLDERS[backend]}.{op}")

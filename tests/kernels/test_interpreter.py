@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -251,3 +253,23 @@ def test_int32_overflow_is_seen():
 def test_dot_below_a_tensor_core_is_refused():
     with pytest.raises(InterpreterError, match=r"(?i)dot|shape"):
         dot_kernel[(1,)](*torch.randn(3, 8, 8), 8, "ieee")
+
+
+BFLOAT16 = """
+import torch
+from mal_kernels import MemoryState, ops
+q, weights = torch.ones(1, 3, 1, 8, dtype=torch.bfloat16), (torch.ones(1, 1, 8, 8),) * 2
+try:
+    ops.memory_read(q, MemoryState.from_weights(weights), backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_bfloat16_is_refused_where_the_interpreter_is_not_repaired():
+    done = subprocess.run(
+        [sys.executable, "-c", BFLOAT16], check=True, capture_output=True, text=True
+    )
+    assert (
+        "computes bfloat16 wrongly; call mal_kernels.testing.interpreter.install()" in done.stdout
+    )
