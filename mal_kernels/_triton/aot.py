@@ -46,7 +46,8 @@ class Report:
 
     ``spills`` counts instructions that store to or load from local memory, ``mma`` the tensor-core
     instructions, ``narrow_dots`` the 16-bit matrix products of the source, ``int32_offsets`` the
-    pointer arguments to which a 32-bit offset is added first.
+    pointer arguments to which a 32-bit offset is added first, ``rewritten`` what
+    :func:`rewritten_operands` finds.
     """
 
     kernel: str
@@ -59,6 +60,7 @@ class Report:
     mma: int
     narrow_dots: int
     int32_offsets: tuple[str, ...]
+    rewritten: tuple[str, ...]
 
 
 class _FakeDriver:
@@ -135,33 +137,59 @@ def sweep(target: str) -> Iterator[Report]:
 
 def _report(kernel: str, example: str, target: str, binary: Any) -> Report:
     read = _read_hip if target.startswith("gfx") else _read_cuda
-    registers, spills, mma = read(binary.asm)
+    registers, spills, mma, *rewritten = read(binary.asm)
     ir, made = binary.asm["ttir"], binary.metadata
     return Report(
         *(kernel, example, target, made.num_warps, registers, spills, made.shared, mma),
         narrow_dots=len(re.findall(r"tt\.dot .*: tensor<[0-9x]+x(?:bf16|f16)>", ir)),
         int32_offsets=tuple(_int32_offsets(ir)),
+        rewritten=tuple(rewritten),
     )
 
 
-def _read_cuda(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """Registers, spill instructions and tensor-core instructions of a cubin."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    # cuobjdump looks for nvdisasm on the path
-    environment = dict(os.environ, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+def _read_cuda(asm: dict[str, Any]) -> tuple[Any, ...]:
+    """Registers, spills and tensor-core instructions of a cubin, and :func:`rewritten_operands`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", "-sass", file.name],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        text = sass_of(Path(file.name))
     registers = max(map(int, re.findall(r"\bREG:(\d+)", text)))
     spills = len(re.findall(r"\s(?:STL|LDL)[.\s]", text))
-    return registers, spills, len(re.findall(r"\s(?:HMMA|HGMMA|UTC\w*MMA)[.\s]", text))
+    mma = len(re.findall(r"\s(?:HMMA|HGMMA|UTC\w*MMA)[.\s]", text))
+    return registers, spills, mma, *rewritten_operands(text)
+
+
+def rewritten_operands(sass: str) -> Iterator[str]:
+    """Instructions that write a register which a ``wgmma`` under way may still read.
+
+    Its operand A may stand in registers, and is read until the next ``WARPGROUP.DEPBAR``; ptxas
+    before 13.3 may give them away before.
+    """
+    in_use: set[int] = set()
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", sass):
+        operation, _, rest = re.sub(r"^@!?U?P[T\d]+\s+", "", line).partition(" ")
+        if operation.startswith("HGMMA"):
+            a = re.match(r"\s*R\d+,\s*R(\d+)", rest)
+            in_use |= set(range(int(a[1]), int(a[1]) + 4)) if a else set()
+        elif operation.startswith("WARPGROUP.DEPBAR"):
+            in_use = set()
+        elif in_use and not re.match(r"ST|RED|LDGSTS|BAR|\w*SETP", operation):
+            first = re.match(r"\s*(?:PT,\s*|P\d,\s*)?R(\d+)\b", rest)
+            is_quad = re.search(r"\.128|LDSM.*\.4", operation)
+            is_pair = re.search(r"\.64|LDSM|WIDE|CS2R", operation)
+            wide = 4 if is_quad else 2 if is_pair else 1
+            if first and in_use & set(range(int(first[1]), int(first[1]) + wide)):
+                yield line
+
+
+def sass_of(binary: Path, *options: str) -> str:
+    """The machine code and resources of a file, by the ``cuobjdump`` that comes with Triton."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    # cuobjdump looks for nvdisasm on the path
+    environment = dict(os.environ, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    command = [tools / "cuobjdump", "-res-usage", "-sass", *options, binary]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def _read_hip(asm: dict[str, Any]) -> tuple[int, int, int]:

@@ -46,6 +46,7 @@ def test_compiles(target, name, every):
         assert report.shared <= aot.SHARED_BYTES[target], report
         assert not report.int32_offsets, report
         assert not report.narrow_dots or report.mma, f"no tensor cores: {report}"
+        assert not report.rewritten, f"a wgmma under way may read what is written: {report}"
         if target == "sm_90":
             assert report.spills <= SPILLS, report
 
@@ -87,6 +88,33 @@ def test_the_checks_see_planted_faults():
     assert (half.narrow_dots, half.mma > 0, full.narrow_dots, full.mma) == (1, True, 0, 0)
     with pytest.raises(RuntimeError, match="meta"):
         one_report(lambda: int32_kernel[(int(x.sum().item()),)](x, 3, 16))
+
+
+SASS = """
+  /*0100*/  HGMMA.64x32x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0 ;
+  /*0110*/  {} ;
+  /*0120*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+  /*0130*/  MOV R4, R60 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "is_wrong"),
+    [
+        ("FADD R5, R60, R61", True),
+        ("@!P0 MOV R7, R60", True),
+        ("LDS.128 R0, [R60]", False),
+        ("LDS.64 R6, [R60]", True),
+        ("LDSM.16.M88.4 R4, [R60]", True),
+        ("IMAD.WIDE R2, R60, R61, R62", False),
+        ("IMAD.WIDE R3, R60, R61, R62", True),
+        ("ISETP.GE.AND P0, PT, R4, R60, PT", False),
+        ("STS [R4], R5", False),
+        ("FADD R60, R4, R5", False),
+    ],
+)
+def test_a_register_that_wgmma_still_reads(line, is_wrong):
+    assert [*aot.rewritten_operands(SASS.format(line))] == [line] * is_wrong
 
 
 def test_the_driver_is_put_back():
