@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -64,6 +67,27 @@ def measured(result: Result) -> list[Result]:
     return entries
 
 
+def merged(first: Result, second: Result) -> Result:
+    """One result of the two calls of a session."""
+    both = first | second
+    for name in ("steps", "timings", "parity"):
+        both[name] = first.get(name, {}) | second.get(name, {})
+    both["failed"] = sorted({*first.get("failed", ()), *second.get("failed", ())})
+    both["targets"] = targets(both)
+    return both
+
+
+def main(first: Path, second: Path) -> None:
+    """Merge the results of both calls, and show what ``auto`` may follow."""
+    result = merged(*(json.loads(path.read_text()) for path in (first, second)))
+    console = Console()
+    show(console, result)
+    console.print_json(json.dumps(measured(result)))
+    path = first.with_name(first.name.replace("-call-1", ""))
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"merged into {path}", soft_wrap=True)
+
+
 def show(console: Console, result: Result) -> None:
     """Times and targets as tables."""
     table = Table("case", "provider", "forward", "forward+backward", "peak GiB", title="ms, median")
@@ -89,3 +113,7 @@ def _cells(result: Result) -> Iterator[tuple[str, str, list[str]]]:
             ms = ["" if x is None else f"{x:.4g}" for x in found]
             peak = row.get("peak_bytes", {}).get(provider)
             yield case, provider, [*ms, f"{peak / 2**30:.1f}" if peak else ""]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -32,6 +32,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from bench import schema
 from bench.gpu.report import measured, show, speeds, targets
@@ -62,6 +63,26 @@ TIMED: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 PARITY_LIMIT, TOOL_LIMIT, BUILD_LIMIT = 240, 75, 180
 TOOLS = ("memcheck", "racecheck", "synccheck")
+# A loan of fifteen minutes in two calls, most valuable facts first: the seconds of a call, and what
+# each of its steps is sure to get. A step may take what earlier ones have left over.
+CALLS: dict[int, tuple[int, dict[str, int]]] = {
+    1: (
+        330,
+        {
+            "environment": 5, "build": 15, "wrappers": 20, "ceilings": 10, "turn": 25,
+            "read_hidden": 20, "write": 20, "train": 60, "one_dialogue": 20,
+            "memcheck_cuda": 40, "memcheck_triton": 45, "parity_cuda": 50,
+        },
+    ),
+    2: (
+        400,
+        {
+            "environment": 5, "build": 5, "parity_triton": 170, "train_writes": 30,
+            "scan": 15, "decode": 15, "read": 15, "profile": 20, "racecheck_cuda": 30,
+            "synccheck_cuda": 20, "peer": 25, "closed_form": 50,
+        },
+    ),
+}  # fmt: skip
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 PYTEST = [PYTHON, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider"]
 # a test ends after half a minute, and its process with an error of the device
@@ -85,6 +106,7 @@ class Session:
     result: dict[str, Any] = field(default_factory=dict)
     failed: set[tuple[str, str]] = field(default_factory=set)  # backend and op
     lock: threading.RLock = field(default_factory=threading.RLock)
+    reserved: float = 0  # seconds of the steps to come
 
     def save(self) -> None:
         """Writes the result as it stands."""
@@ -109,7 +131,7 @@ class Session:
 
     def run(self, step: str, command: Sequence[str], limit: float, **environment: str) -> str:
         """Runs a command with its output in ``logs / step.log``, notes and returns how it ended."""
-        left = self.deadline - time.monotonic()
+        left = self.deadline - time.monotonic() - self.reserved
         if left < 5:
             self.note(step, "skipped: no time left")
             return "skipped"
@@ -176,7 +198,9 @@ def environment(session: Session, commit: str | None) -> None:
 
 def build(session: Session) -> None:
     """The CUDA library: by nvcc for this GPU, in a dry run by g++ for the emulation."""
-    command = [PYTHON, "-m", "mal_kernels._cuda"]
+    # the library of the package or of the cache, if one was carried along
+    code = "import torch; from mal_kernels._cuda import library as b; b.load({})"
+    command = [PYTHON, "-c", code.format("torch.cuda.get_device_capability()")]
     if session.dry_run:
         code = "import pathlib, mal_kernels.testing.emulation as e; e.library(pathlib.Path({!r}))"
         command = [PYTHON, "-c", code.format(str(session.logs))]
@@ -255,7 +279,13 @@ def outcomes(log: str, backend: str) -> dict[str, Any]:
     return counts
 
 
-def sanitize(session: Session, backend: str) -> None:
+def wrappers(session: Session) -> None:
+    """Every wrapper around an instruction of CUDA, on its own; a wrong one makes all ops wrong."""
+    if not session.dry_run and session.run("wrappers", WRAPPER_TESTS, TOOL_LIMIT) != "passed":
+        session.fail("cuda", CUDA_OPS)
+
+
+def sanitize(session: Session, backend: str, tools: Sequence[str] = TOOLS) -> None:
     """compute-sanitizer over small shapes of every op, all at once; in a dry run without it."""
     exercise = [PYTHON, "-m", "bench.gpu.steps", "exercise"]
     if session.failed >= {(backend, op) for op in OPS[backend]}:
@@ -284,7 +314,7 @@ def sanitize(session: Session, backend: str) -> None:
             session.fail(backend, ops)
 
     jobs: list[tuple[str, str, Sequence[str], Sequence[str]]] = []
-    for tool in TOOLS:
+    for tool in tools:
         for op in OPS[backend]:
             out = str(session.logs / f"{tool}_{backend}_{op}.json")
             jobs.append((tool, f"{backend}_{op}", [op], [*exercise, out, backend, "--op", op]))
@@ -366,6 +396,26 @@ def _plan(session: Session, commit: str | None) -> dict[str, Callable[[], object
     }
 
 
+def _plan_of_calls(session: Session, commit: str | None) -> dict[str, Callable[[], object]]:
+    """The steps of :data:`CALLS` besides: each sanitizer on its own."""
+    steps = {"wrappers": lambda: wrappers(session)}
+    for tool in TOOLS:
+        for backend in OPS:
+            steps[f"{tool}_{backend}"] = functools.partial(sanitize, session, backend, (tool,))
+    return _plan(session, commit) | steps
+
+
+def plan_table() -> Table:
+    """The two calls with the seconds of their steps."""
+    table = Table("call", "step", "sure of", "at the latest after", title="Seconds on the GPU")
+    for call, (limit, budgets) in CALLS.items():
+        spent = 0
+        for step, seconds in budgets.items():
+            spent += seconds
+            table.add_row(str(call), step, f"{seconds}", f"{spent} of {limit}")
+    return table
+
+
 def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="In miniature, on a CPU; never in bench/results.")
@@ -379,8 +429,17 @@ def main(
     commit: Annotated[
         str | None, typer.Option(help="What is measured, where there is no git repository.")
     ] = None,
+    call: Annotated[
+        int | None, typer.Option(min=1, max=2, help="One half of a session, see --plan.")
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Show the two calls and their seconds; run nothing.")
+    ] = False,
 ) -> None:
     """Parity, sanitizers, times against the targets, and profile of the kernels on this GPU."""
+    if plan_only:
+        console.print(plan_table())
+        return
     if not dry_run and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device is visible; a CPU can do --dry-run")
     scratch = Path(tempfile.mkdtemp(prefix="gpu-session-"))
@@ -389,13 +448,17 @@ def main(
     if dry_run and folder.resolve() == (ROOT / "bench/results").resolve():
         raise typer.BadParameter("a dry run measures nothing that belongs into bench/results")
     folder.mkdir(parents=True, exist_ok=True)
+    seconds, budgets = CALLS[call] if call else (seconds, {})
     deadline = time.monotonic() + seconds
+    name += f"-call-{call}" if call else ""
     session = Session(folder / f"gpu-{name}.json", scratch / "logs", dry_run, deadline)
     session.logs.mkdir()
-    plan = _plan(session, commit)
+    plan = _plan_of_calls(session, commit) if call else _plan(session, commit)
     if unknown := set(step or ()) - set(plan):
         raise typer.BadParameter(f"no step {sorted(unknown)}; there are {[*plan]}")
-    for name in step or plan:
+    chosen = [*(step or budgets or plan)]
+    for i, name in enumerate(chosen):
+        session.reserved = sum(budgets.get(later, 0) for later in chosen[i + 1 :])
         plan[name]()
     session.result["targets"] = targets(session.result)
     session.save()

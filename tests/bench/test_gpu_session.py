@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from bench import schema
@@ -238,6 +239,38 @@ def test_ops_without_a_full_verdict_are_failed_by_a_time_out(session):
     session.run = run
     gpu.parity(session, "triton")
     assert session.failed == {("triton", "momentum_scan")}
+
+
+def test_the_plan_of_two_calls():
+    app = typer.Typer()
+    app.command()(gpu.main)
+    done = CliRunner().invoke(app, ["--plan"])
+    assert done.exit_code == 0
+    for limit, budgets in gpu.CALLS.values():
+        assert sum(budgets.values()) <= limit
+        assert all(step in done.stdout for step in budgets)
+    assert [limit for limit, _ in gpu.CALLS.values()] == [330, 400]
+    # whatever a session does is in one of the calls
+    calls = {step for _, budgets in gpu.CALLS.values() for step in budgets}
+    assert {*gpu.TIMED, "parity_cuda", "parity_triton", "wrappers"} <= calls
+
+
+def test_a_step_leaves_the_later_ones_their_time(session):
+    session.deadline = time.monotonic() + 30
+    session.reserved = 28
+    assert session.run("late", python("pass"), 10) == "skipped"
+    session.reserved = 0
+    assert session.run("now", python("pass"), 10) == "passed"
+
+
+def test_two_calls_make_one_result():
+    first = a_result() | {"failed": ["cuda neural_memory"]}
+    second = {"parity": {}, "timings": {"late": {}}, "steps": {}, "failed": []}
+    second["environment"] = first["environment"]
+    both = gpu_report.merged(first, second)
+    assert both["timings"] == first["timings"] | {"late": {}}
+    assert both["parity"] == first["parity"]
+    assert both["failed"] == ["cuda neural_memory"]
 
 
 def test_names_of_kernels():
