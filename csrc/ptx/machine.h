@@ -208,7 +208,7 @@ struct Launch {
 
 struct Tally {
   std::array<u64, kOps> executed{};
-  u64 steps = 0, shared_loads = 0, shared_stores = 0, unfenced_copies = 0;
+  u64 steps = 0, shared_loads = 0, shared_stores = 0, unfenced_copies = 0, tensor_flops = 0;
 };
 
 class Machine {

@@ -70,6 +70,7 @@ void Machine::store_matrices(const Instruction& i) {
 // mma.m16n8k16: d[4], a[4], b[2], c[4]
 void Machine::warp_product(const Instruction& i) {
   if (active != kAll) stop("mma under divergence");
+  tally.tensor_flops += 2 * 16 * 8 * kK;
   bool is_bf16 = i.type == T_bf16;
   float a[16][kK], b[kK][8];
   std::array<Lanes, 4> c;
@@ -116,6 +117,7 @@ u32 Machine::element_at(u64 descriptor, bool is_transposed, int major, int k) co
 // (where it is in memory) and b
 void Machine::start_product(const Instruction& i) {
   if (active != kAll) stop("wgmma under divergence");
+  tally.tensor_flops += 2 * 16 * i.flag[0] * kK;  // of this warp
   int results = i.flag[0] / 2, b = results + (i.flag[1] ? 4 : 1);
   check_registers(i, b);
   Product product{current, 0, in(b)[0], (in(b + 1)[0] & 1) != 0, false, {}, {}};

@@ -227,7 +227,7 @@ void Machine::check_readers_of(Block& of_block) {
 }  // namespace ptx
 
 // Runs a launch of decoded PTX. Findings go to `text`, one a line; what was executed to `counts`:
-// by operation, then steps, shared loads, shared stores, unfenced copies. Returns 1 if it had to
+// by operation, then steps, shared loads, shared stores, unfenced copies, FLOPs. Returns 1 if it had to
 // stop.
 extern "C" int ptx_run(const ptx::Instruction* code, int64_t instructions,
                        const ptx::Operand* operands, int64_t operand_count, int64_t registers,
@@ -261,7 +261,8 @@ extern "C" int ptx_run(const ptx::Instruction* code, int64_t instructions,
   std::strncpy(text, all.c_str(), text_bytes - 1);
   const Tally& t = machine.tally;
   std::copy(t.executed.begin(), t.executed.end(), counts);
-  const u64 totals[] = {t.steps, t.shared_loads, t.shared_stores, t.unfenced_copies};
-  std::copy(totals, totals + 4, counts + kOps);
+  const u64 totals[] = {t.steps, t.shared_loads, t.shared_stores, t.unfenced_copies,
+                        t.tensor_flops};
+  std::copy(totals, totals + 5, counts + kOps);
   return stopped;
 }

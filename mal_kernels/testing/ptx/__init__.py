@@ -7,7 +7,7 @@ descriptors and all), and nvcc's for sm_90a through the compiled host code of ``
 :mod:`.source` finds a kernel in a text, :mod:`.decode` makes numbers of its instructions and
 :mod:`.flow` says where lanes that part meet again; :mod:`.machine` runs the numbers in
 ``csrc/ptx/`` (g++, built once). :mod:`.triton` and :mod:`.cuda` take the place of a launch, so that
-ops run unchanged on CPU tensors. :mod:`.cost` counts what is executed for a tile of tokens.
+ops run unchanged on CPU tensors. ``python -m bench.ptx`` counts what a tile of tokens costs.
 
 It reports accesses outside of the tensors given or misaligned, shared memory that is read before
 it is written, races inside a block, a cluster and the grid, registers of a wgmma and targets of a

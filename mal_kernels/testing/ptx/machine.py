@@ -22,7 +22,7 @@ from .source import Source
 
 COMPILER = ("g++", "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 WHEN = {"early": 0, "late": 1, "mixed": 2}
-TOTALS = ("steps", "shared_loads", "shared_stores", "unfenced_copies")
+TOTALS = ("steps", "shared_loads", "shared_stores", "unfenced_copies", "tensor_flops")
 TEXT_BYTES = 20_000
 
 Argument = Tensor | int | bytes | None
