@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -153,8 +154,9 @@ class Session:
                 process.wait()
                 status = f"timed out after {min(limit, left):.0f} s"
         self.note(step, status, time.monotonic() - start)
-        with self.lock:  # one file, for a machine that gives back few
-            shutil.make_archive(str(self.out.with_name("logs")), "gztar", self.logs)
+        archive = self.out.with_name("logs.tar.gz")  # one, for a machine that gives back few files
+        with self.lock, tarfile.open(archive, "w:gz") as file:
+            file.add(self.logs, "logs")
         return status
 
     def _environment(self) -> dict[str, str]:
