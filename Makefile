@@ -5,6 +5,7 @@
 #   make check    the loop of a developer: lint, types, the core            under 3 minutes
 #   make test     what a change must pass: check, and all that is not slow   under 15 minutes
 #   make prove    what a release must pass: everything marked slow           nightly in CI
+#   make ptx      of that, the GPU kernels executed from their PTX            an hour; needs g++, better nvcc too
 #   make bench    what it costs, into mal-bench/ (bench/README.md)           half an hour
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 INTERPRETED := tests/kernels/test_interpreter.py $(wildcard tests/kernels/test_triton_*.py)
 CORE := tests/ops tests/memory tests/dialogues tests/project
 
-.PHONY: demo check test prove bench lint clean
+.PHONY: demo check test prove ptx bench lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/mal-kernels demo
@@ -31,6 +32,9 @@ test: lint
 prove: $(VENV)/test.stamp
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) -m slow $(INTERPRETED)
+
+ptx: $(VENV)/test.stamp
+	$(PYTEST) tests/ptx
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench
