@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .codes import BYTES
 
 SHARED = re.compile(
-    r"^\s*(?:\.(?:extern|visible|weak)\s+)?\.shared\s+\.align\s+(\d+)\s+\.\w+\s+([\w$]+)"
+    r"^[ \t]*(?:\.(?:extern|visible|weak)\s+)?\.shared\s+\.align\s+(\d+)\s+\.\w+\s+([\w$]+)"
     r"(?:\[(\d*)\])?;",
     re.MULTILINE,
 )
