@@ -131,7 +131,7 @@ def _parameters(text: str) -> dict[str, Parameter]:
 
 def _places(text: str) -> dict[int, str]:
     """Names file and line that ``.loc`` gives to the lines of PTX up to the next."""
-    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text, re.MULTILINE))
+    files = dict(re.findall(r'^[ \t]*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text, re.MULTILINE))
     found, place = {}, ""
     for number, line in enumerate(text.split("\n"), 1):
         if loc := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
