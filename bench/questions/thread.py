@@ -1,4 +1,4 @@
-"""What does one core compute? CPU time of one thread, which a busy machine moves little."""
+"""One core computes this much: CPU time of one thread, which a busy machine moves little."""
 
 from __future__ import annotations
 
