@@ -121,11 +121,10 @@ def by_kernel(outcomes: Iterable[Outcome]) -> dict[str, Row]:
         warps = outcome.geometry.block[0] / 32
         row["warp_instructions"] += counts["steps"]
         row["tensor_instructions"] += counts.get("MMA", 0) + counts.get("WGMMA", 0)
-        row["shared_loads"] += counts.get("shared_loads", 0)
-        row["shared_stores"] += counts.get("shared_stores", 0)
         row["barriers"] += counts.get("BAR", 0) / warps
         row["cluster_barriers"] += counts.get("CLUSTER_WAIT", 0) / warps
-        row["tensor_flops"] += counts.get("tensor_flops", 0)
+        for same in ("shared_loads", "shared_stores", "tensor_flops"):
+            row[same] += counts.get(same, 0)
         row["sms"] = outcome.geometry.cluster  # that share a head
     return dict(rows)
 

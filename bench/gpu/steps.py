@@ -3,7 +3,7 @@
 ``python -m bench.gpu.steps STEP OUT BACKEND...`` writes what it finds to the JSON file OUT as it
 goes, so that a step that is stopped loses only what it had not finished. Before a backend is timed,
 its results are compared with the reference on the kind of inputs that are timed; one that is wrong
-there, or does not serve them, is left out and the results say so. See :mod:`bench.gpu.session` for
+there, or does not serve them, is left out and the results say so. See :mod:`tests.gpu.session` for
 what a session is made of.
 """
 

@@ -104,7 +104,7 @@ def test_what_lies_beside_the_package_imports_what_it_may(folder):
             assert not root.startswith("test_"), f"{where}: what tests share is in tests/support"
             if root == "tests":
                 # what two files share is in support; a run at length is the subject of its test
-                assert rest[0] in {"support", "reliability", "ser"}, f"{where}: {module}"
+                assert rest[0] in {"support", "reliability", "ser", "gpu"}, f"{where}: {module}"
 
 
 def run_python(code: str) -> str:

@@ -87,7 +87,7 @@ CALLS: dict[int, tuple[int, dict[str, int]]] = {
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 PYTEST = [PYTHON, "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider"]
 # a test ends after half a minute, and its process with an error of the device
-GUARDED = ["--timeout", "30", "--timeout-method", "thread", "-p", "bench.gpu.guard"]
+GUARDED = ["--timeout", "30", "--timeout-method", "thread", "-p", "tests.gpu.guard"]
 WRAPPER_TESTS = [*PYTEST, "-m", "gpu", "tests/kernels/test_cuda_wrappers.py"]
 DRY_RUN_TESTS = {
     "triton": "test_memory_read and (one or no) or test_momentum_scan and bare",

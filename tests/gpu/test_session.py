@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from bench import schema
 from bench.gpu import report as gpu_report
-from bench.gpu import session as gpu
 from bench.gpu import steps as gpu_steps
 from mal_kernels.ops import _backend
 from mal_kernels.testing.exercise import small_calls
+from tests.gpu import session as gpu
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def python(code: str) -> list[str]:
 
 def test_a_dry_run_measures_in_miniature_and_says_so(tmp_path):
     steps = ("environment", "read")
-    command = [sys.executable, "-m", "bench.gpu.session", "--dry-run", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.gpu.session", "--dry-run", "--out", str(tmp_path)]
     command += [word for step in steps for word in ("--step", step)]
     done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

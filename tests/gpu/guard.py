@@ -1,6 +1,6 @@
 """A pytest plugin for the tests of a session: a broken device costs one test, not all after it.
 
-``-p bench.gpu.guard``; the names of what is collected are left in ``$MAL_COLLECTED``.
+``-p tests.gpu.guard``; the names of what is collected are left in ``$MAL_COLLECTED``.
 """
 
 from __future__ import annotations
