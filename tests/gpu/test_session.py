@@ -374,11 +374,11 @@ def test_auto_follows_committed_results(on_hopper, monkeypatch):
         dict(features=65),
         dict(dtype=torch.float32),
         dict(op="memory_update"),
-        dict(device="cpu"),
         dict(limit="too deep"),
         dict(backend="reference"),
     ):
         assert on_hopper(**unlike) == "reference", unlike
+    assert on_hopper(device="cpu") in ("cpu", "reference")  # with a compiler, without one
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert _backend.explain("memory_read")[0] == "triton"
     assert "112 tokens" in _backend.explain("memory_read")[1]
