@@ -121,7 +121,7 @@ def rms_errors(low: MemoryState, high: MemoryState) -> list[float]:
 
 
 def run_soak(report: Report, scale: float) -> dict[str, Any]:
-    """10,000 turns of 200 dialogues."""
+    """10,000 turns of 200 dialogues, each played by two processes."""
     return soak(max(8, round(200 * scale)), 50, on_progress=report)
 
 

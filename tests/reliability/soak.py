@@ -1,9 +1,10 @@
 """Many dialogues, turn by turn, while everything that can fail does.
 
-``python -m tests.reliability.soak``: worker processes play the same dialogues from a folder of
-states. They are killed at random moments; inside them hosts raise, the store fails before or after
-it has done its work, and only a few dialogues fit into memory. In the end every state must equal
-that of a run in which nothing failed.
+``python -m tests.reliability.soak``: two worker processes at a time play the same dialogues from a
+folder of states, each turn under its number as ``turn_id``. They are killed at random moments;
+inside them hosts raise, the store fails before or after it has done its work, and only a few
+dialogues fit into memory. In the end every state must equal that of a run in which nothing failed
+and one process played.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from mal_kernels.store import Change, DirectoryStore, SharedStore
 from tests.reliability.echo import Echo, echo_adapter, turn_tokens
 from tests.reliability.heap import allocated_mib, by_fifths, resident_mib, trimmed_mib
 
+WORKERS = 2  # processes at a time, which all play all dialogues
 THREADS = 4  # of a worker
+AT_ONCE = 6  # dialogues that a thread plays in turns, so that workers meet in them
 EVENT_BYTES = 16  # of a line in the log, about
 FAULT_RATE = 0.1  # of the calls of the host, and of those of the store
 HOST_FAULTS = (RuntimeError, MemoryError, KeyboardInterrupt, torch.OutOfMemoryError)
@@ -98,10 +101,15 @@ class FailingStore:
         return result
 
 
-def play(host: Echo, mal: MALAdapter, dialogue: int, turn: int) -> Dialogue:
+def play(
+    host: Echo, mal: MALAdapter, dialogue: int, turn: int, turn_id: str | None = None
+) -> Dialogue:
     """One turn of one of two speakers."""
     speaker = "AB"[(dialogue + turn) % 2]
-    with torch.no_grad(), mal.dialogue(f"call-{dialogue}", speaker) as opened:
+    with (
+        torch.no_grad(),
+        mal.dialogue(f"call-{dialogue}", speaker, turn_id=turn_id) as opened,
+    ):
         host(inputs_embeds=turn_tokens(dialogue, turn))
     return opened
 
@@ -133,14 +141,14 @@ def failing_adapter(folder: Path, dialogues: int, log: Log, seed: int) -> tuple[
 
 
 def play_all(host: Echo, mal: MALAdapter, dialogues: int, turns: int, log: Log, seed: int) -> None:
-    """Plays up to ``turns`` of every dialogue, in several threads, in random order."""
+    """Plays up to ``turns`` of every dialogue, in several threads, a few at a time at random."""
     errors: list[BaseException] = []
 
     def run(mine: Sequence[int], draw: random.Random) -> None:
         try:
             left = list(mine)
             while left:
-                dialogue = draw.choice(left)
+                dialogue = draw.choice(left[:AT_ONCE])
                 if not step(host, mal, dialogue, turns, log):
                     left.remove(dialogue)
         except BaseException as error:
@@ -171,9 +179,11 @@ def step(host: Echo, mal: MALAdapter, dialogue: int, turns: int, log: Log) -> bo
     while True:
         start = time.perf_counter()
         try:
-            play(host, mal, dialogue, done)
+            play(host, mal, dialogue, done, turn_id=str(done))
         except (*HOST_FAULTS, StoreError) as error:
-            if "planted" not in str(error):
+            if "changed or forgotten" in str(error):  # the other process was first
+                log.write("refused")
+            elif "planted" not in str(error):
                 raise
         else:
             log.write("turn", time.perf_counter() - start)
@@ -197,28 +207,30 @@ def forked(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def watch(child: int, log: Log, end: int, peaks: list[float]) -> int | None:
-    """Waits for the end of a child, or of its time; its exit status, ``None`` if it was killed.
+def watch(ends: Mapping[int, int], log: Log, peaks: dict[int, float]) -> tuple[int, int | None]:
+    """Waits for the end of a child, or of its time.
 
     Args:
-        child: its process.
-        log: to which it writes.
-        end: length of the log, in bytes, at which the child is killed. What it is doing then is
-            a matter of chance, and how far it has come is not one of the speed of the machine.
-        peaks: gets the most memory in MiB that it was seen to use.
+        ends: length of the log, in bytes, at which a child is killed, by its process. What it is
+            doing then is a matter of chance, and how far it has come is not one of the speed of
+            the machine.
+        log: to which they write.
+        peaks: gets the most memory in MiB that each was seen to use.
+
+    Returns:
+        Its process and exit status, ``None`` if it was killed.
     """
-    peaks.append(0.0)
     while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if log.path.stat().st_size >= end:
-            time.sleep(random.uniform(0, 0.02))
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None
-        with contextlib.suppress(OSError, IndexError):
-            peaks[-1] = max(peaks[-1], resident_mib(child))
+        for child, end in ends.items():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if not ended and log.path.stat().st_size >= end:
+                time.sleep(random.uniform(0, 0.02))
+                os.kill(child, signal.SIGKILL)
+                ended, status = os.waitpid(child, 0)
+            if ended:
+                return child, os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None
+            with contextlib.suppress(OSError, IndexError):
+                peaks[child] = max(peaks.get(child, 0.0), resident_mib(child))
         time.sleep(0.01)
 
 
@@ -242,35 +254,39 @@ def soak(
     Returns:
         Counts of turns, faults and kills, latencies, memory, and how many states differ.
     """
-    draw, kills, peaks = random.Random(seed), 0, list[float]()
+    draw, kills, peaks = random.Random(seed), 0, dict[int, float]()
+    ends, done = dict[int, int](), 0  # workers that are running, and how many found nothing to do
     play(*echo_adapter(), 0, 0)  # what torch loads at the first call, workers then have
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name) / "calls", Log(Path(name) / "log")
-        while True:
-            child = forked(partial(work, folder, dialogues, turns, log, draw.randrange(2**31)))
-            end = log.path.stat().st_size + EVENT_BYTES * draw.randrange(1, lifetime)
-            status = watch(child, log, end, peaks)
+        while done < WORKERS:
+            while len(ends) + done < WORKERS:
+                child = forked(partial(work, folder, dialogues, turns, log, draw.randrange(2**31)))
+                ends[child] = log.path.stat().st_size + EVENT_BYTES * draw.randrange(1, lifetime)
+            child, status = watch(ends, log, peaks)
+            del ends[child]
             on_progress(log.turns())
             # in a process of its own: workers are copies of this one, which must not grow
             _, unreadable = os.waitpid(forked(partial(check_readable, folder, dialogues)), 0)
             if unreadable:
                 raise AssertionError("a dialogue in the folder cannot be read")
-            if status == 0:
-                break
-            if status is not None:
+            if status:
                 raise AssertionError(f"a worker ended with status {status}")
-            kills += 1
+            done, kills = done + (status == 0), kills + (status is None)
         differing = compare(folder, dialogues, turns)
         events = log.read()
-    faults = Counter(event for event, _ in events if event != "turn")
+    faults = Counter(event for event, _ in events if event not in ("turn", "refused"))
     latencies = sorted(1000 * value for event, value in events if event == "turn")
     return {
+        "workers_at_a_time": WORKERS,
         "dialogues": dialogues,
         "dialogues_in_memory": in_memory(dialogues),
         "turns": dialogues * turns,
+        "turns_that_both_played": len(latencies) - dialogues * turns,
+        "turns_refused": sum(event == "refused" for event, _ in events),
         "faults": {"kill -9": kills, **dict(sorted(faults.items()))},
         "turn_ms": percentiles(latencies),
-        "worker_mib_by_fifth_of_the_run": by_fifths(peaks),
+        "worker_mib_by_fifth_of_the_run": by_fifths(list(peaks.values())),
         "states_that_differ": differing,
     }
 
