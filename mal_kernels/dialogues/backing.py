@@ -13,6 +13,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from ..errors import ArgumentError
@@ -69,6 +70,20 @@ class SharedStore(KeyValueStore, Protocol):
         Returns:
             Keys that have neither the revision expected nor that of the new value, which a call
             that is tried again finds. If there are any, nothing was put.
+        """
+
+
+@runtime_checkable
+class QueueingStore(SharedStore, Protocol):
+    """A queueing store lets turns of one dialogue wait for each other between processes.
+
+    What it cannot keep apart, as when a lock is lost with its server, ``swap`` still does.
+    """
+
+    def turn(self, key: str, wait: float) -> AbstractContextManager[bool]:
+        """Within this context nobody else who asks has ``key``; false if not in ``wait`` seconds.
+
+        It ends with its process, in seconds.
         """
 
 

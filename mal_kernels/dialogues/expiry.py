@@ -1,4 +1,7 @@
-"""A thread that makes memory forget what a backing store may have erased: :data:`EXPIRY`."""
+"""A thread that looks after what a store has in time: :data:`EXPIRY`.
+
+Memory forgets what a backing store may have erased, and a lease is renewed while its turn runs.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ from typing import Protocol
 from .locks import open_after_fork
 
 
-class Cache(Protocol):
-    """A cache is looked after by the thread."""
+class Watched(Protocol):
+    """The thread looks after it."""
 
     def expire(self) -> float:
-        """Drops what is too old; returns the seconds until the next look."""
+        """Drops or renews what is too old; returns the seconds until the next look."""
 
 
 class Expiry:
-    """The thread, which begins with the first cache."""
+    """The thread, which begins with the first that is watched."""
 
     def __init__(self) -> None:
-        self._caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+        self._watched: weakref.WeakSet[Watched] = weakref.WeakSet()
         open_after_fork(self)
 
     def new_locks(self) -> None:
@@ -28,10 +31,10 @@ class Expiry:
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, cache: Cache) -> None:
-        """Runs ``cache.expire()`` now and then while ``cache`` lives."""
+    def watch(self, watched: Watched) -> None:
+        """Runs ``watched.expire()`` now and then while ``watched`` lives."""
         with self._lock:
-            self._caches.add(cache)
+            self._watched.add(watched)
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=self._run, name="mal_kernels: expiry", daemon=True
@@ -45,10 +48,10 @@ class Expiry:
             self._wake.wait(self._expire_all())
 
     def _expire_all(self) -> float:
-        """Seconds until the next look; no cache is kept alive by the wait for it."""
+        """Seconds until the next look; nothing is kept alive by the wait for it."""
         with self._lock:
-            caches = list(self._caches)
-        return min((cache.expire() for cache in caches), default=60.0)
+            every = list(self._watched)
+        return min((x.expire() for x in every), default=60.0)
 
 
 EXPIRY = Expiry()

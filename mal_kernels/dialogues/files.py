@@ -13,13 +13,14 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError, StoreError
-from .locks import lock_file
+from .locks import Descriptor, lock_file
 
 VERSION = 2  # of the header; files of version 1 have no checksum
 UNSIGNED = "0" * 64
@@ -88,10 +89,12 @@ class PartialFile:
 
     def __init__(self, path: Path, mode: int) -> None:
         self.target = path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         while True:
             self.path = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            self.file: BinaryIO = os.fdopen(os.open(self.path, flags, mode), "wb")
+            # "x" follows no link; no interrupt comes between the descriptor and its owner
+            self.file: BinaryIO = open(  # noqa: SIM115
+                self.path, "xb", opener=partial(os.open, mode=mode)
+            )
             lock_file(self.file.fileno())
             if os.name != "posix" or os.fstat(self.file.fileno()).st_nlink:
                 return  # else it was taken for left over before it was locked
@@ -120,11 +123,8 @@ class PartialFile:
 def sync_folder(folder: Path) -> None:
     """Makes the names in ``folder`` outlive a loss of power, where the system can."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        descriptor = Descriptor(folder)  # open as long as it has a name
+        os.fsync(descriptor.number)
 
 
 def write_tensors(

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import StoreError
 from .backing import ABSENT, CHECKSUM, ERASED, ERASED_SECONDS, HEAD, Change, revision_of
 from .files import PartialFile, sync_folder
-from .locks import folder_lock, lock_file
+from .locks import folder_lock, lock_file, lock_of_file, unlock_file
 
 SWEEP_SECONDS = 600  # between two looks for what killed processes left and for old tombstones
 BATCH = ".batch"  # which half-written files are to take which places, all of them
@@ -84,8 +84,8 @@ class DirectoryStore:
         Raises:
             StoreError: the file cannot be read.
         """
-        self._finish_batch_of_another()
         try:
+            self._finish_batch_of_another()
             return self.file(key).read_bytes()
         except FileNotFoundError:
             return None
@@ -98,8 +98,8 @@ class DirectoryStore:
         Raises:
             StoreError: the file cannot be read.
         """
-        self._finish_batch_of_another()
         try:
+            self._finish_batch_of_another()
             return self._revision(key)
         except OSError as error:
             raise StoreError(f"cannot read {self.file(key)}: {error}.") from error
@@ -212,6 +212,26 @@ class DirectoryStore:
         except OSError as error:
             raise StoreError(f"cannot erase {file}: {error}. It may still be there.") from error
         self._sweep(now=False)
+
+    @contextmanager
+    def turn(self, key: str, wait: float) -> Iterator[bool]:
+        """See :class:`QueueingStore`; ``.<SHA-256 of the key>.turn`` is there meanwhile, empty.
+
+        Raises:
+            StoreError: the file cannot be made.
+        """
+        path = self.path / f".{_digest(key)}.turn"
+        try:
+            lock = lock_of_file(path, wait)
+        except OSError as error:
+            raise StoreError(f"cannot lock {path}: {error}.") from error
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                with lock:
+                    path.unlink(missing_ok=True)
+                    unlock_file(lock.fileno())
 
     def _sweep(self, now: bool = True) -> None:
         """Removes old tombstones and what killed processes left, now or if it is time to."""

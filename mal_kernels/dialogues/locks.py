@@ -8,9 +8,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..errors import StoreError
 
@@ -114,17 +115,53 @@ def _flock(descriptor: int, wait: bool) -> bool:
     return True
 
 
-class _Descriptor:
+def unlock_file(descriptor: int) -> None:
+    """Opens the lock, also if a forked child has the descriptor too."""
+    if fcntl is not None:
+        with suppress(OSError):  # there are no locks
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def lock_of_file(path: Path, wait: float) -> BinaryIO | None:
+    """The open file ``path`` with its lock, or ``None`` if that was not open in ``wait`` seconds.
+
+    It is made if it is not there. Who removes it has to have its lock.
+    """
+    end, pause = time.monotonic() + wait, 0.001
+    while True:
+        file = open(path, "ab", opener=partial(os.open, mode=0o600))  # noqa: SIM115
+        try:
+            free = _flock(file.fileno(), wait=False)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return file
+        if free and os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+        if time.monotonic() > end:
+            return None
+        if not free:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+
+class Descriptor:
     """A descriptor of a folder that is closed, and its lock opened, with the last reference."""
 
     def __init__(self, path: Path) -> None:
-        self.number = -1  # until there is one
-        if fcntl is not None:
-            self.number = os.open(path, os.O_RDONLY)
+        self._numbers = list[int]()
+        # no interrupt comes between the descriptor and its owner
+        self._numbers.extend(map(os.open, [path], [os.O_RDONLY]))
+
+    @property
+    def number(self) -> int:
+        """Returns what the system calls it."""
+        return self._numbers[0]
 
     def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+        for number in self._numbers:
+            os.close(number)
 
 
 @contextmanager
@@ -137,9 +174,9 @@ def folder_lock(path: Path) -> Iterator[None]:
         StoreError: another has it for 10 seconds.
         OSError: the folder cannot be opened.
     """
-    folder = _Descriptor(path)
+    folder = None if fcntl is None else Descriptor(path)  # Windows opens no folders
     try:
-        _wait_for(folder.number, path)
+        _wait_for(-1 if folder is None else folder.number, path)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -149,7 +186,8 @@ def folder_lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.flock(folder.number, fcntl.LOCK_UN)  # a forked child may have the descriptor too
+        assert folder is not None
+        unlock_file(folder.number)
 
 
 def _wait_for(descriptor: int, path: Path) -> None:

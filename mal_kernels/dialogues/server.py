@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from ..errors import ArgumentError, StoreError, needs
 from .backing import ABSENT, CHECKSUM, ERASED, ERASED_SECONDS, HEAD, Change, revision_of
+from .expiry import EXPIRY
 
 T = TypeVar("T")
 # KEYS: what to change. ARGV: seconds to keep it or 0, then what each must have, then the values.
@@ -36,6 +40,11 @@ for i, key in ipairs(KEYS) do
 end
 return changed
 """
+# KEYS: of a lease. ARGV: whose it must be, and milliseconds from now until it ends.
+RENEW = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+"""
+LEASE_SECONDS = 9.0  # until others have what a killed process held
 
 
 class RedisStore:
@@ -138,6 +147,19 @@ class RedisStore:
         mark = f"{ERASED}{secrets.token_hex(8)}"
         self._call("delete", lambda redis: redis.set(self._name(key), mark, ex=ERASED_SECONDS))
 
+    @contextmanager
+    def turn(self, key: str, wait: float) -> Iterator[bool]:
+        """See :class:`QueueingStore`; a random number under ``turn`` and the key, meanwhile.
+
+        Raises:
+            StoreError: the server cannot be reached, or refuses.
+        """
+        lease = _Lease(self, self._name(f"\0turn\0{key}"))
+        try:
+            yield lease.take(wait)
+        finally:
+            lease.end()
+
     def _name(self, key: str) -> bytes:
         return self.prefix.encode() + key.encode("utf-8", "surrogatepass")
 
@@ -169,6 +191,48 @@ class RedisStore:
                 f"the Redis server drops dialogues when its memory is full (maxmemory-policy "
                 f"{policy}): they then begin anew. Set maxmemory-policy noeviction.",
                 stacklevel=4,
+            )
+
+
+class _Lease:
+    """A name that one holder at a time has, until it ends it or is no more there to renew it."""
+
+    def __init__(self, store: RedisStore, name: bytes) -> None:
+        self._store, self._name = store, name
+        self._holder, self._process = secrets.token_hex(16), os.getpid()
+        self._taken = False
+
+    def take(self, wait: float) -> bool:
+        """Whether it is held now, which was waited for."""
+        end, pause = time.monotonic() + wait, 0.005
+        while not self._store._call(
+            "set", lambda redis: redis.set(self._name, self._holder, nx=True, ex=int(LEASE_SECONDS))
+        ):
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        self._taken = True
+        EXPIRY.watch(self)
+        return True
+
+    def expire(self) -> float:
+        """Renews it, unless it has ended or this is a copy in a forked process."""
+        if not self._taken or os.getpid() != self._process:
+            return 60.0
+        self._until(LEASE_SECONDS)
+        return LEASE_SECONDS / 3
+
+    def end(self) -> None:
+        """Lets others have it."""
+        self._taken = False
+        self._until(0.0)
+
+    def _until(self, seconds: float) -> None:
+        with suppress(StoreError):  # it ends by itself, and a swap keeps turns apart without it
+            self._store._call(
+                "eval",
+                lambda redis: redis.eval(RENEW, 1, self._name, self._holder, round(1000 * seconds)),
             )
 
 

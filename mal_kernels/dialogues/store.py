@@ -6,7 +6,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,11 @@ from .backing import (
 from .expiry import EXPIRY
 from .files import write_file
 from .history import History
-from .locks import NamedLocks, open_after_fork
+from .locks import open_after_fork
+from .options import check_option
+from .queue import Queue
 from .snapshot import EMPTY, Snapshot, pack_dialogues, unpack_dialogues
-
-
-def _is_count(value: Any) -> bool:
-    return value is None or (type(value) is int and value >= 0)
-
-
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "undo_depth": (lambda x: type(x) is int and x >= 0, "a whole number, 0 for no undo"),
-    "max_dialogues": (_is_count, "a whole number, or None for no bound"),
-    "max_bytes": (_is_count, "a whole number, or None for no bound"),
-    "cache_seconds": (lambda x: type(x) in (int, float) and 0 < x <= 1800, "seconds up to 1800"),
-}
+from .unconfirmed import Unconfirmed
 
 
 class DialogueStore:
@@ -106,7 +98,7 @@ class DialogueStore:
         self.undo_depth, self.max_dialogues, self.max_bytes = undo_depth, max_dialogues, max_bytes
         self.cache_seconds = cache_seconds
         self._histories: OrderedDict[str, History] = OrderedDict()  # used last, comes last
-        self._erased, self._queues = Tombstones(), NamedLocks(threading.Lock)
+        self._erased, self._queue, self._unconfirmed = Tombstones(), Queue(), Unconfirmed()
         open_after_fork(self)
         self.backing = backing
 
@@ -115,8 +107,7 @@ class DialogueStore:
         self._lock = threading.RLock()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OPTIONS and not _OPTIONS[name][0](value):
-            raise ArgumentError(f"dialogues.{name} is {value!r}; pass {_OPTIONS[name][1]}.")
+        check_option(name, value)
         if name != "backing":
             object.__setattr__(self, name, value)
             return
@@ -129,6 +120,7 @@ class DialogueStore:
 
     def _leave_backing(self) -> None:
         """Marks what the process holds as being in no backing store yet."""
+        self._unconfirmed = Unconfirmed()
         with self._lock:
             for name, history in self._histories.items():
                 present = history.present._replace(revision=None)
@@ -138,11 +130,11 @@ class DialogueStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` of an adapter: all but the locks."""
-        left_out = ("_lock", "_queues", "_shared")
+        left_out = ("_lock", "_queue", "_unconfirmed", "_shared")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _queues=NamedLocks(threading.Lock))
+        vars(self).update(state, _queue=Queue(), _unconfirmed=Unconfirmed())
         open_after_fork(self)
         self.backing = self.backing  # as a store that decides
 
@@ -192,6 +184,8 @@ class DialogueStore:
                 self._touch(dialogue)
                 return before or History.unknown(mark)
         revision = store.revision(dialogue)  # not under the lock: it may take its time
+        if self._unconfirmed.found(dialogue, revision):
+            before = self._histories.get(dialogue)
         if before is not None:
             if before.present.revision == revision:
                 self._touch(dialogue)
@@ -261,24 +255,13 @@ class DialogueStore:
 
     # --- changing ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def queue(self, dialogues: Sequence[str], wait: float) -> Iterator[None]:
-        """Within this context no other turn of this process that queues is in ``dialogues``.
-
-        Args:
-            dialogues: ids.
-            wait: seconds, at most, until the turns before have ended.
+    def queue(self, dialogues: Sequence[str], wait: float) -> AbstractContextManager[None]:
+        """Within this context no other turn that queues is in ``dialogues``; see :class:`Queue`.
 
         Raises:
-            StoreError: they have not.
+            StoreError: the turns before have not ended in ``wait`` seconds.
         """
-        with self._queues.held(dialogues, wait) as in_time:
-            if not in_time:
-                raise StoreError(
-                    f"another turn of dialogues {list(dialogues)} has not ended in {wait} seconds; "
-                    "play this one again, or wait longer."
-                )
-            yield
+        return self._queue.turn(dialogues, wait, self._shared)
 
     def commit(
         self, snapshots: Mapping[str, Snapshot], past: Mapping[str, Snapshot] | None = None
@@ -335,24 +318,39 @@ class DialogueStore:
             new: what is to be there.
             history: makes the new history of a dialogue of the present one and what is new.
         """
-        store = self._shared
-        marks = {name: self._erased.revision(name) for name in new}
-        if store is not None:
-            blobs = {x: pack_dialogues(self.config, {x: new[x]}, self.weights()) for x in new}
-            _refuse(
-                store.swap(
-                    {x: Change(past[x].revision or ABSENT, blob) for x, blob in blobs.items()}
-                )
-            )
-            new = {x: new[x]._replace(revision=revision_of(blob)) for x, blob in blobs.items()}
+        store, marks = self._shared, {name: self._erased.revision(name) for name in new}
+        if store is None:
+            self._remember(past, new, history, marks)
+            return
+        blobs = {x: pack_dialogues(self.config, {x: new[x]}, self.weights()) for x in new}
+        new = {x: new[x]._replace(revision=revision_of(blob)) for x, blob in blobs.items()}
+        remember = partial(self._remember, past, new, history, marks)
+        self._unconfirmed.begin(new, remember)
+        changes = {x: Change(past[x].revision or ABSENT, blob) for x, blob in blobs.items()}
+        changed = store.swap(changes)
+        if not changed:
+            remember()
+        self._unconfirmed.drop(new)
+        _refuse(changed)
+
+    def _remember(
+        self,
+        past: Mapping[str, Snapshot],
+        new: Mapping[str, Snapshot],
+        history: Callable[[tuple[Snapshot, ...], Snapshot], Sequence[Snapshot]],
+        marks: Mapping[str, str],
+    ) -> None:
+        """The part of :meth:`_replace` in memory; ``marks`` are of deletions known before it."""
         with self._lock:
             erased = {x: History.unknown(self._erased.revision(x)) for x in new}
             now = {x: self._histories.get(x) or erased[x] for x in new}
-            if store is None:
+            if self._shared is None:
                 _refuse([x for x in new if not _same(now[x].present, past[x])])
             changed = {}
             for name, present in new.items():
                 snapshots = now[name].snapshots
+                if name in self._histories and snapshots[-1] is present:
+                    continue  # another thread found it in the store
                 if name not in self._histories or _same(snapshots[-1], present):
                     snapshots = (past[name],)  # evicted, or read by another thread since
                 if marks[name] != self._erased.revision(name):
@@ -400,6 +398,7 @@ class DialogueStore:
     def _drop(self, dialogue: str) -> None:
         with self._lock:
             self._erased.add(dialogue)
+            self._unconfirmed.drop([dialogue])
             self._histories.pop(dialogue, None)
 
     def _names(self, dialogues: Sequence[str] | None) -> list[str]:
@@ -440,6 +439,7 @@ class DialogueStore:
             return 60.0
         limit = min(self.cache_seconds, getattr(self.backing, "ttl", None) or self.cache_seconds)
         oldest = time.monotonic() - limit
+        self._unconfirmed.expire(oldest)
         with self._lock:
             for name, history in list(self._histories.items()):
                 if history.used < oldest and history.present.revision is not None:

@@ -89,6 +89,18 @@ def test_a_disk_that_fills_up_in_a_write_leaves_the_value_before(tmp_path):
     assert list(tmp_path.iterdir()) == [store.file("a")]
 
 
+@pytest.mark.parametrize("name", ["get", "revision", "delete"])
+def test_a_folder_that_cannot_be_looked_into_is_a_store_error(tmp_path, monkeypatch, name):
+    store = DirectoryStore(tmp_path)
+
+    def refused(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", refused)  # also as root, who may look into everything
+    with pytest.raises(StoreError, match="Permission denied"):
+        getattr(store, name)("a")
+
+
 def test_old_tombstones_go(tmp_path):
     store = DirectoryStore(tmp_path)
     store.delete("a")

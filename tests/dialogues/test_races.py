@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from mal_kernels.dialogues import server
 from mal_kernels.dialogues.snapshot import EMPTY
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from mal_kernels.store import Change, DirectoryStore, MemoryStore, RedisStore, SharedStore
@@ -129,6 +132,78 @@ def test_a_read_under_way_does_not_bring_back_what_was_forgotten():
     backing.between = lambda: store.forget(["a"])
     store.latest("a")
     assert len(store) == 0
+
+
+def test_forgetting_between_the_write_and_the_rename_of_a_turn_waits_and_erases(
+    tmp_path, monkeypatch
+):
+    one, other = (new_store(backing=DirectoryStore(tmp_path)) for _ in range(2))
+    one.commit({"a": snapshot(one, 1.0)})
+    real, forgets = Path.replace, list[threading.Thread]()
+
+    def replace(self, target):
+        if not forgets:
+            forgets.append(threading.Thread(target=other.forget, args=(["a"],)))
+            forgets[0].start()
+            time.sleep(0.05)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    one.commit({"a": snapshot(one, 2.0)})
+    forgets[0].join()
+    assert DirectoryStore(tmp_path).get("a") is None
+    assert one.latest("a").clips == ()
+
+
+# --- written, but nobody was told -----------------------------------------------------------------
+
+
+class Unheard:
+    """Another store, whose next ``swap`` is interrupted after it was done."""
+
+    def __init__(self, store):
+        self.store, self.error = store, None
+        self.get, self.put, self.delete = store.get, store.put, store.delete
+        self.revision = store.revision
+
+    def swap(self, changes):
+        changed, error, self.error = self.store.swap(changes), self.error, None
+        if error:
+            raise error
+        return changed
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StoreError("the answer was lost")])
+def test_a_turn_that_was_written_unheard_is_as_if_it_had_been_heard(make, error):
+    backing = Unheard(make())
+    (_host, mal), (_other, undisturbed) = echo_adapter(backing), echo_adapter()
+
+    @torch.no_grad()
+    def answer(adapter, turn):
+        return adapter.dialogue("a", turn_id=str(turn))(inputs_embeds=turn_tokens(0, turn))
+
+    for turn in range(3):
+        if turn != 1:
+            backing.error = error
+            with pytest.raises(type(error)):
+                answer(mal, turn)
+        assert torch.equal(answer(mal, turn), answer(undisturbed, turn))
+    assert len(mal.dialogues.latest("a").clips) == 3
+    for turns in (2, 1, 0):
+        mal.dialogues.undo(["a"])
+        assert len(mal.dialogues.latest("a").clips) == turns
+
+
+def test_what_was_written_unheard_is_forgotten_like_the_rest(make):
+    backing = Unheard(make())
+    store = new_store(backing=backing, cache_seconds=0.2)
+    for ends in (lambda: store.forget(["a"]), lambda: (time.sleep(0.3), store.expire())):
+        backing.error = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            store.commit({"a": snapshot(store, 1.0)})
+        assert store._unconfirmed._writes
+        ends()
+        assert not store._unconfirmed._writes
 
 
 def play_until_done(make, worker: int, turns: int) -> None:
@@ -264,6 +339,45 @@ def test_turns_of_one_dialogue_queue():
             order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_turns_of_two_processes_queue_and_the_queue_of_a_killed_one_ends(make, monkeypatch):
+    monkeypatch.setattr(server, "LEASE_SECONDS", 2.0)
+    store = new_store(backing=make())
+    reads, writes = os.pipe()
+
+    def hold():
+        with new_store(backing=make()).queue(["a", "b"], wait=0):
+            os.write(writes, b"x")
+            time.sleep(60)
+
+    child = forked(hold)
+    assert os.read(reads, 1)
+    for _ in range(4):  # longer than a lease, which is renewed
+        with pytest.raises(StoreError, match="has not ended in 0"), store.queue(["b"], 0.8):
+            pass
+    with store.queue(["c"], wait=0):  # others do not wait
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for _ in range(2):  # it is free again after a turn
+        with store.queue(["a", "b"], wait=60):
+            pass
+
+
+def play_in_turn(make, worker: int, turns: int) -> None:
+    _host, mal = echo_adapter(make())
+    for turn in range(turns):
+        mal.dialogue("a", wait=100)(inputs_embeds=turn_tokens(worker + 1, turn))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_of_turns_that_queue_between_processes_none_is_refused(make):
+    echo_adapter()
+    children = [forked(partial(play_in_turn, make, i, 5)) for i in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert len(echo_adapter(make())[1].dialogues.latest("a").clips) == 10
 
 
 def test_undo_of_a_batch_is_of_all_or_of_none():

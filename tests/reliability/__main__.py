@@ -1,10 +1,10 @@
 """What happens when things fail, at length: ``python -m tests.reliability``.
 
 Parts, each in ``bench/results/reliability.json`` with the versions it ran on: ``soak`` and
-``memory`` (:mod:`tests.reliability.soak`), ``load``, ``fuzz``, ``drift``, the distance of a float32
-state from its float64 twin over 100,000 turns, and ``vllm`` (:mod:`tests.reliability.served`),
-where a ``vllm`` is on the PATH. About half an hour on one core; the tests run short versions of all
-but the last.
+``memory`` (:mod:`tests.reliability.soak`), ``interrupts``, ``load``, ``fuzz``, ``drift``, the
+distance of a float32 state from its float64 twin over 100,000 turns, and ``vllm``
+(:mod:`tests.reliability.served`), where a ``vllm`` is on the PATH. About half an hour on one core;
+the tests run short versions of all but the last.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from rich.progress import (
 from mal_kernels import MemoryState, NeuralMemory, __version__
 from mal_kernels.store import DirectoryStore
 from tests.reliability.fuzz import fuzz
+from tests.reliability.interrupts import many_interrupts
 from tests.reliability.load import load
 from tests.reliability.served import served
 from tests.reliability.soak import soak, steady
@@ -125,6 +126,11 @@ def run_soak(report: Report, scale: float) -> dict[str, Any]:
     return soak(max(8, round(200 * scale)), 50, on_progress=report)
 
 
+def run_interrupts(report: Report, scale: float) -> dict[str, Any]:
+    """50,000 interrupts of turns in a folder."""
+    return {**many_interrupts(max(1000, round(50_000 * scale)), on_progress=report)}
+
+
 def run_memory(report: Report, scale: float) -> dict[str, Any]:
     """10,000 turns of 200 dialogues in one process."""
     return {"table": steady(max(8, round(200 * scale)), 50, on_progress=report)}
@@ -164,6 +170,7 @@ def run_vllm(report: Report, scale: float) -> dict[str, Any]:
 # name: (what, its length)
 PARTS: dict[str, tuple[Callable[[Report, float], dict[str, Any]], int]] = {
     "soak": (run_soak, 10_000),
+    "interrupts": (run_interrupts, 50_000),
     "memory": (run_memory, 10_000),
     "load": (run_load, 1024),
     "fuzz": (run_fuzz, 105_000),

@@ -19,12 +19,14 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mal_kernels import MALAdapter, MALConfig
 from mal_kernels.dialogues.expiry import EXPIRY
+from mal_kernels.dialogues.unconfirmed import Unconfirmed
 from mal_kernels.errors import ArgumentError, CheckpointError, StoreError
 from mal_kernels.store import DirectoryStore, MemoryStore
 from mal_kernels.testing import tiny_host, tiny_inputs
 from tests.reliability.__main__ import drift
 from tests.reliability.echo import echo_adapter, turn_tokens
 from tests.reliability.heap import allocated_mib, resident_mib, trimmed_mib
+from tests.reliability.interrupts import interrupts
 from tests.reliability.soak import FailingStore, Log, compare, play, steady
 from tests.support.dialogues import equal
 
@@ -160,6 +162,31 @@ def test_soak_with_kills_host_errors_store_errors_and_evictions():
     assert faults["kill -9"] >= 3
     assert sum(n for name, n in faults.items() if name.startswith("host.")) >= 3
     assert sum(n for name, n in faults.items() if name.startswith("store.swap")) >= 3
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
+def test_interrupts_at_any_moment_of_turns_leave_nothing_and_change_no_answer(count, tmp_path):
+    found = interrupts(count, tmp_path / "calls")
+    assert found.pop("interrupts") == count
+    assert found.pop("turns") > count // 50
+    assert not any(found.values()), found
+
+
+def test_the_interrupts_would_notice(monkeypatch, tmp_path):
+    monkeypatch.setattr("tests.reliability.interrupts.TURNS", 4)
+    monkeypatch.setattr(Unconfirmed, "found", lambda *_: False)  # no written turn is remembered
+    real = DirectoryStore.swap
+
+    def interrupted(self, changes):
+        changed = real(self, changes)
+        if not getattr(self, "done", False):
+            self.done = True
+            raise KeyboardInterrupt
+        return changed
+
+    monkeypatch.setattr(DirectoryStore, "swap", interrupted)
+    found = interrupts(20, tmp_path / "calls")
+    assert found["wrong_answers"] >= 1
 
 
 def test_the_soak_would_notice(tmp_path):
