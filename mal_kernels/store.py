@@ -1,6 +1,6 @@
 """Stores behind the dialogues, under the name by which they are imported."""
 
-from .dialogues.backing import Change, KeyValueStore, MemoryStore, SharedStore
+from .dialogues.backing import Change, KeyValueStore, MemoryStore, QueueingStore, SharedStore
 from .dialogues.folder import DirectoryStore
 from .dialogues.server import RedisStore
 
@@ -9,6 +9,7 @@ __all__ = [
     "DirectoryStore",
     "KeyValueStore",
     "MemoryStore",
+    "QueueingStore",
     "RedisStore",
     "SharedStore",
 ]

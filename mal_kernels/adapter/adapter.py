@@ -218,8 +218,9 @@ class MALAdapter(nn.Module):
                 sounds as the last one did.
             remember_again: whether clips that repeat the last ones are written again.
             wait: seconds, at most, that ``dialogue.generate(...)`` and ``dialogue(...)`` wait for
-                other waiting turns of these dialogues in this process. ``None``: of two at the same
-                time the one that ends last is refused, after its answer.
+                other waiting turns of these dialogues, in other processes too if the store is a
+                folder or Redis. ``None``: of two at the same time the one that ends last is
+                refused, after its answer.
 
         ``dialogue.generate(...)`` and ``dialogue(...)`` are turns of that dialogue wherever they
         run. Servers, generators and callbacks use these.

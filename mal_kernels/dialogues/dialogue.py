@@ -57,7 +57,9 @@ class Dialogue:
         turn_id: name of the turn; one for all rows, or one per row; ``None`` where it has none.
         remember_again: whether clips are written that were written before.
         wait: seconds, at most, that ``generate`` and a call wait for other waiting turns of these
-            dialogues in this process; ``None``: such a turn is refused when it is written.
+            dialogues, also in other processes if the store can tell
+            (:class:`~mal_kernels.store.QueueingStore`); ``None``: such a turn is refused when it is
+            written.
         scopes: of the adapter whose host it calls.
 
     Attributes:
