@@ -1,4 +1,4 @@
-"""What the options of a store may be: :func:`check_option`."""
+"""The options of a store are checked where they are set, by :func:`check_option`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Turns that are interrupted by real signals at random moments, as by Ctrl-C or an alarm.
 
-A timer raises KeyboardInterrupt anywhere in a loop of turns: in the library, in PyTorch's Python,
-or in the host. Each turn is played again, under its ``turn_id``, until it has an answer.
+A timer of processor time raises KeyboardInterrupt anywhere in a loop of turns: in the library, in
+PyTorch's Python, or in the host, as often on a busy machine as on an idle one. Each turn is played
+again, under its ``turn_id``, until it has an answer.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class Undisturbed:
         host, mal = echo_adapter()
         self.nobody = host(inputs_embeds=turn_tokens(0, 0))
         self.answers, self.snapshots = list[Tensor](), [mal.dialogues.latest("call")]
-        begin = time.process_time()
         for turn in range(TURNS):
+            begin = time.process_time()
             self.answers.append(answer_to(host, mal, turn))
             self.snapshots.append(mal.dialogues.latest("call"))
-        self.seconds = (time.process_time() - begin) / TURNS  # of a turn
+            self.seconds = time.process_time() - begin  # of the last turn
 
     def remembers(self, found: Snapshot) -> bool:
         """Whether ``found`` is what is remembered after as many turns as it has."""
@@ -102,18 +103,18 @@ def interrupts(count: int, folder: Path, seed: int = 0) -> dict[str, int]:
         nonlocal lost
         lost += 1
 
-    handler, hook = signal.signal(signal.SIGALRM, ring), sys.unraisablehook
+    handler, hook = signal.signal(signal.SIGPROF, ring), sys.unraisablehook
     sys.unraisablehook = swallowed  # of an interrupt in a finalizer, which nobody sees
     try:
         while hits < count:
             wait = draw.uniform(1e-5, 1.5 * undisturbed.seconds)
             try:
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, wait)
+                    signal.setitimer(signal.ITIMER_PROF, wait)
                     while len(answers) < TURNS:
                         answers.append(answer_to(host, mal, len(answers)))
                 finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.setitimer(signal.ITIMER_PROF, 0)
             except KeyboardInterrupt:
                 hits += 1
             found += left_behind(mal)
@@ -128,8 +129,9 @@ def interrupts(count: int, folder: Path, seed: int = 0) -> dict[str, int]:
                 answers.clear()
                 mal.dialogues.forget(["call"])
     finally:
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGPROF, handler)
         sys.unraisablehook = hook
+    DirectoryStore(folder)  # removes what is nobody's
     kinds = ("scopes_left_open", "stale_turns", "wrong_memories", "wrong_answers")
     return {
         "interrupts": hits,
