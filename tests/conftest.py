@@ -12,8 +12,6 @@ import time
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a bug
 os.environ.setdefault("MPLBACKEND", "agg")
-# the default of every Triton so far; 3.9 warns that the next one will have another
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 import torch

@@ -30,6 +30,8 @@ from .tiles import (
     activate,
     activate_derivative,
     dot,
+    launch_options,
+    launch_options_of,
     layer_norm,
     layer_norm_bwd,
     load_matrix,
@@ -304,7 +306,7 @@ def aligned_fwd(call: AlignedCall, *, in_place: bool = False) -> Tensor:
 
     def launch(static: dict[str, Any], out: Tensor | None = None) -> Tensor:
         out = hidden.clone() if out is None else out
-        same = {name: static[name] for name in ("BT", "num_warps", "num_stages")}
+        same = dict(BT=static["BT"], **launch_options_of(static))
         z_q, z_g, _ = _project(hidden, token_index, params, static)
         a = hidden.new_empty(z_q.shape)
         aligned_read_kernel[(triton.cdiv(tokens, static["BT"]), static["H"])](
@@ -331,7 +333,7 @@ def aligned_bwd(d_output: Tensor, call: AlignedCall) -> tuple[Tensor, list[Tenso
     # more is alive at once than in forward
     tile = 32 if memory["D"] <= 64 and hidden.itemsize == 2 else 16
     for static in (memory, matrix):
-        static.update(BT=min(tile, static["BT"]), num_warps=8, num_stages=2)
+        static.update(BT=min(tile, static["BT"]), **launch_options(8, num_stages=2))
     z_q, z_g, rms = _project(hidden, token_index, params, memory)
     heads = memory["H"]
 
@@ -380,7 +382,7 @@ def _project(
         hidden.new_empty(tokens, heads, dim, dtype=torch.float32) for _ in range(2)
     )  # fmt: skip
     rms = hidden.new_empty(tokens, dtype=torch.float32)
-    same = {name: memory[name] for name in ("H", "D", "BT", "BD", "num_warps", "num_stages")}
+    same = {name: memory[name] for name in ("H", "D", "BT", "BD")} | launch_options_of(memory)
     aligned_project_kernel[(triton.cdiv(tokens, memory["BT"]), heads)](
         *(hidden, token_index, *params[:3], z_q, z_g, rms, tokens),
         W=hidden.shape[-1],
@@ -402,7 +404,7 @@ def _static(call: AlignedCall) -> tuple[dict[str, Any], dict[str, Any]]:
     depth, heads, dim = len(weights) - call.residual_norm, *weights[0].shape[1:3]
     sizes = tile_sizes(tokens, dim, hidden.dtype)
     if hidden.itemsize == 4:
-        sizes.update(BT=16, num_warps=8, num_stages=2)
+        sizes.update(BT=16, **launch_options(8, num_stages=2))
     memory = dict(
         H=heads,
         D=dim,
@@ -414,7 +416,7 @@ def _static(call: AlignedCall) -> tuple[dict[str, Any], dict[str, Any]]:
     )
     inner = heads * dim
     matrix = dict(W=hidden.shape[-1], K=inner, BK=min(64, power_of_2(inner)), BW=64)
-    same = {name: sizes[name] for name in ("BT", "num_warps", "num_stages")}
+    same = dict(BT=sizes["BT"], **launch_options_of(sizes))
     return memory, matrix | same
 
 

@@ -26,6 +26,7 @@ from .tiles import (
     activate,
     activate_derivative,
     dense,
+    launch_options,
     layer_norm,
     layer_norm_bwd,
     load_matrix,
@@ -257,7 +258,7 @@ def decode_fwd(
             SHARES_INIT=shared,
             HAS_POSITION=call.position is not None,
             KEEPS_ANCHOR=keeps,
-            num_warps=8,
+            **launch_options(8),
         )
     return output, surprise, new_weights, new_trace, new_anchor if keeps else [], offset
 

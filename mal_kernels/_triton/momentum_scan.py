@@ -19,7 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import ScanCall
-from .tiles import dense, first_order, load_rows, meta, power_of_2, row_bounds, store_rows
+from .tiles import (
+    dense,
+    first_order,
+    launch_options,
+    load_rows,
+    meta,
+    power_of_2,
+    row_bounds,
+    store_rows,
+)
 
 
 @triton.jit
@@ -334,7 +343,7 @@ def _static(call: ScanCall) -> dict[str, Any]:
         HAS_DECAY=call.decay is not None,
         HAS_STATE=len(call.state) > 0,
         IS_VARLEN=call.cu_seqlens is not None,
-        num_warps=4,
+        **launch_options(4),
     )
 
 

@@ -38,7 +38,7 @@ from .causal_read_backward import (
 from .chunks import States, Tokens
 from .decode import decode_fwd, is_one_token
 from .layout import Layout, contiguous, new_carried, new_factors, new_gradients, pack_states, unpack
-from .tiles import meta
+from .tiles import launch_options, meta
 from .write import Factors, factors_fwd_kernel, state_fwd_kernel, write_fwd_kernel
 from .write_backward import (
     Carried,
@@ -82,18 +82,17 @@ def write(layout: Layout, tokens: Tokens, states: States, factors: Factors) -> N
         return
     if layout.is_walked:
         write_fwd_kernel[(layout.grid,)](
-            *arguments, length, size, n, gates, static, num_warps=layout.warps, num_stages=1
+            *arguments, length, size, n, gates, static, **launch_options(layout.warps, num_stages=1)
         )  # fmt: skip
         return
     for i_c in range(layout.chunks):
         if layout.tiles:
             factors_fwd_kernel[(layout.grid, min(layout.tiles, layout.per_chunk))](
                 *(*arguments, length, size, n, gates, i_c, static),
-                num_warps=layout.warps,
-                num_stages=2,
+                **launch_options(layout.warps, num_stages=2),
             )
         state_fwd_kernel[(layout.grid, layout.slices)](
-            *arguments, length, size, n, i_c, static, num_warps=layout.warps, num_stages=1
+            *arguments, length, size, n, i_c, static, **launch_options(layout.warps, num_stages=1)
         )
 
 
@@ -103,8 +102,7 @@ def read(layout: Layout, tokens: Tokens, states: States, factors: Factors, outpu
             *(tokens, states, factors, layout.rows, output),
             *layout.sizes[:3],
             layout.static,
-            num_warps=layout.warps,
-            num_stages=2,
+            **launch_options(layout.warps, num_stages=2),
         )
 
 
@@ -228,7 +226,7 @@ def backward(
     """The reads of all tiles, then the chunks from the last to the first, then the gates."""
     static, rows, (length, size, n, gates) = layout.static, layout.rows, layout.sizes
     saved, sizes, grid = (tokens, states, factors), (length, size, n), layout.grid
-    options = dict(num_warps=layout.warps, num_stages=1)
+    options = launch_options(layout.warps, num_stages=1)
     # holds more per token than the others, so in long tiles sees less of the hidden width at a time
     narrow = replace(layout.plain, BE=16 if layout.plain.BT == 64 else layout.plain.BE).constants()
     if d_q is not None and layout.tiles:
@@ -257,7 +255,7 @@ def backward(
     d_tile = gradients.tile.sum((2, 3))
     if not layout.plain.TOKEN_STEPS:
         chunk_gates_bwd_kernel[(grid, layout.chunks)](
-            results, rows, d_tile, length, size, gates, static, num_warps=1
+            results, rows, d_tile, length, size, gates, static, **launch_options(1)
         )
     elif layout.tiles:
         token_gates_bwd_kernel[(grid, layout.tiles)](

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +29,18 @@ def tile_sizes(tokens: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
         BT=16 if tokens <= 256 else most,
         BD=power_of_2(dim),
         BE=32 if not wide else 64 if half else 16,
-        num_warps=8 if wide else 4,
-        num_stages=1 if wide else 2,
+        **launch_options(8 if wide else 4, num_stages=1 if wide else 2),
     )
+
+
+def launch_options(num_warps: int, **others: int) -> dict[str, int]:
+    """What Triton is told of a launch: ``a * b + c`` is one instruction, whatever its default."""
+    return dict(num_warps=num_warps, enable_fp_fusion=True, **others)
+
+
+def launch_options_of(static: dict[str, Any]) -> dict[str, Any]:
+    """The launch options among all that a kernel is given."""
+    return {name: static[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
 
 
 def dense(x: Tensor | None) -> Tensor | None:

@@ -14,8 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles: runs without TRITON_INTERPRET", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default before Triton 3.10
-
 import triton
 import triton.language as tl
 
@@ -57,6 +55,10 @@ def test_every_kernel_has_an_example():
     assert compiled >= set().union(*map(aot.kernels_of, MODULES.values()))
 
 
+# without it Triton 3.9 warns that its default will change
+FUSED = {"enable_fp_fusion": True}
+
+
 # --- planted faults -------------------------------------------------------------------------------
 
 
@@ -80,14 +82,16 @@ def one_report(launch):
 
 def test_the_checks_see_planted_faults():
     x = torch.empty(4096, device="meta")
-    assert one_report(lambda: int32_kernel[(1,)](x, 3, 16)).int32_offsets == ("p_x",)
-    half = one_report(lambda: square_kernel[(1,)](x.half(), 32))
-    full = one_report(lambda: square_kernel[(1,)](x, 32))
+    assert one_report(lambda: int32_kernel[(1,)](x, 3, 16, **FUSED)).int32_offsets == ("p_x",)
+    half = one_report(lambda: square_kernel[(1,)](x.half(), 32, **FUSED))
+    full = one_report(lambda: square_kernel[(1,)](x, 32, **FUSED))
     assert half.spills == 0
-    assert one_report(lambda: square_kernel[(1,)](x, 32, num_warps=1, maxnreg=32)).spills > 0
+    assert (
+        one_report(lambda: square_kernel[(1,)](x, 32, num_warps=1, maxnreg=32, **FUSED)).spills > 0
+    )
     assert (half.narrow_dots, half.mma > 0, full.narrow_dots, full.mma) == (1, True, 0, 0)
     with pytest.raises(RuntimeError, match="meta"):
-        one_report(lambda: int32_kernel[(int(x.sum().item()),)](x, 3, 16))
+        one_report(lambda: int32_kernel[(int(x.sum().item()),)](x, 3, 16, **FUSED))
 
 
 SASS = """
