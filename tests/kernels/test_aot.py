@@ -123,5 +123,5 @@ def test_a_register_that_wgmma_still_reads(line, is_wrong):
 
 def test_the_driver_is_put_back():
     active = triton.runtime.driver._active
-    one_report(lambda: int32_kernel[(1,)](torch.empty(16, device="meta"), 3, 16))
+    one_report(lambda: int32_kernel[(1,)](torch.empty(16, device="meta"), 3, 16, **FUSED))
     assert triton.runtime.driver._active is active
