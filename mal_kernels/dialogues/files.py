@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError, StoreError
-from .locks import Descriptor, lock_file
+from .locks import lock_file, open_folder
 
 VERSION = 2  # of the header; files of version 1 have no checksum
 UNSIGNED = "0" * 64
@@ -123,8 +123,8 @@ class PartialFile:
 def sync_folder(folder: Path) -> None:
     """Makes the names in ``folder`` outlive a loss of power, where the system can."""
     if os.name == "posix":
-        descriptor = Descriptor(folder)  # open as long as it has a name
-        os.fsync(descriptor.number)
+        with open_folder(folder) as descriptor:
+            os.fsync(descriptor)
 
 
 def write_tensors(

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -146,21 +146,15 @@ def lock_of_file(path: Path, wait: float) -> BinaryIO | None:
             pause = min(2 * pause, 0.05)
 
 
-class Descriptor:
-    """A descriptor of a folder that is closed, and its lock opened, with the last reference."""
-
-    def __init__(self, path: Path) -> None:
-        self._numbers = list[int]()
-        # no interrupt comes between the descriptor and its owner
-        self._numbers.extend(map(os.open, [path], [os.O_RDONLY]))
-
-    @property
-    def number(self) -> int:
-        """Returns what the system calls it."""
-        return self._numbers[0]
-
-    def __del__(self) -> None:
-        for number in self._numbers:
+@contextmanager
+def open_folder(path: Path) -> Iterator[int]:
+    """Within this context there is a descriptor of the folder ``path``."""
+    numbers = list[int]()
+    try:
+        numbers.extend(map(os.open, [path], [os.O_RDONLY]))  # no interrupt comes between
+        yield numbers[0]
+    finally:
+        for number in numbers:
             os.close(number)
 
 
@@ -174,20 +168,19 @@ def folder_lock(path: Path) -> Iterator[None]:
         StoreError: another has it for 10 seconds.
         OSError: the folder cannot be opened.
     """
-    folder = None if fcntl is None else Descriptor(path)  # Windows opens no folders
-    try:
-        _wait_for(-1 if folder is None else folder.number, path)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        with _INSTEAD:
+    with nullcontext(-1) if fcntl is None else open_folder(path) as folder:
+        try:
+            _wait_for(folder, path)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            with _INSTEAD:
+                yield
+            return
+        try:
             yield
-        return
-    try:
-        yield
-    finally:
-        assert folder is not None
-        unlock_file(folder.number)
+        finally:
+            unlock_file(folder)
 
 
 def _wait_for(descriptor: int, path: Path) -> None:

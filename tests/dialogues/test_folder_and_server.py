@@ -6,9 +6,14 @@ import contextlib
 import os
 import signal
 import stat
+import sys
+import threading
+import time
+from functools import partial
 
 import pytest
 
+from mal_kernels.dialogues.expiry import Expiry
 from mal_kernels.dialogues.files import PartialFile
 from mal_kernels.errors import ArgumentError, StoreError
 from mal_kernels.store import Change, DirectoryStore, RedisStore
@@ -110,6 +115,63 @@ def test_old_tombstones_go(tmp_path):
     os.utime(tombstone, (0, 0))
     DirectoryStore(tmp_path)
     assert not tombstone.exists()
+
+
+# --- the thread that looks after caches -----------------------------------------------------------
+
+
+class Looked:
+    """Something that is watched; ``times`` it was looked after."""
+
+    times = 0
+
+    def expire(self) -> float:
+        self.times += 1
+        return 0.01
+
+
+def interrupted_at(instruction: int, function) -> bool:
+    """Whether ``function`` got as far as that many instructions, where it was interrupted."""
+    count = 0
+
+    def local(frame, event, _arg):
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        if count == instruction and event == "opcode":
+            raise KeyboardInterrupt
+        return local
+
+    sys.settrace(local)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupt_anywhere_in_a_call_of_the_thread_does_not_stop_it(begun):
+    instruction = 1
+    while True:
+        expiry, first, second = Expiry(), Looked(), Looked()
+        if begun:
+            expiry.watch(first)
+        went_on = interrupted_at(instruction, partial(expiry.watch, second))
+        caller = threading.Thread(target=expiry.watch, args=(second,), daemon=True)
+        caller.start()
+        caller.join(30)
+        assert not caller.is_alive(), instruction
+        end = time.monotonic() + 30
+        while not second.times and time.monotonic() < end:
+            time.sleep(0.001)
+        assert second.times, instruction
+        if not went_on:
+            break
+        instruction += 1
+    assert instruction > 20
 
 
 # --- Redis ----------------------------------------------------------------------------------------
