@@ -34,7 +34,7 @@ def tile_sizes(tokens: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def launch_options(num_warps: int, **others: int) -> dict[str, int]:
-    """What Triton is told of a launch: ``a * b + c`` is one instruction, whatever its default."""
+    """Options of a launch, with which ``a * b + c`` is one instruction whatever the default is."""
     return dict(num_warps=num_warps, enable_fp_fusion=True, **others)
 
 

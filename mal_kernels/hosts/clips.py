@@ -21,9 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._cpu.clip_hash import clip_hash
-from .._cpu.library import is_loaded
-
 # samples of a wave are hashed by so many
 SAMPLES = 256
 # frames at the end of a spectrogram that may have seen the padding behind it, and its least length
@@ -168,11 +165,19 @@ def _nh(x: Tensor, key: bytes) -> Tensor:
     if words.shape[-1] % 2:
         words = F.pad(words, (0, 1))
     drawn = _key_words(key, words.shape[-1], x.device)
-    if x.device.type == "cpu" and words.numel() and is_loaded():
+    if _is_native(words):
+        from .._cpu.clip_hash import clip_hash
+
         rows = words.unbind() if words.dim() == 3 else [words]
         return torch.stack([clip_hash(row, drawn) for row in rows]).view(words.shape[:-1])
     a, b = ((w + k).long() for w, k in zip(words.chunk(2, -1), drawn.chunk(2), strict=True))
     return a.mul_(b).sum(-1)
+
+
+def _is_native(words: Tensor) -> bool:
+    from .._cpu.library import is_loaded  # not where only mal_kernels is imported
+
+    return words.device.type == "cpu" and words.numel() > 0 and is_loaded()
 
 
 def _words(x: Tensor) -> Tensor:

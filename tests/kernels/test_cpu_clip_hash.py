@@ -18,7 +18,7 @@ def both(monkeypatch, function, *args, **options):
     """What ``function`` returns without and with the library."""
     found = []
     for loaded in (False, True):
-        monkeypatch.setattr(clips, "is_loaded", lambda loaded=loaded: loaded)
+        monkeypatch.setattr(library, "is_loaded", lambda loaded=loaded: loaded)
         found.append(function(*args, **options))
     return found
 
@@ -55,7 +55,7 @@ def test_16_bytes_a_vector_give_the_same_numbers(monkeypatch):
 
 def test_a_window_of_30_seconds_costs_as_much_as_to_copy_it_a_few_times(monkeypatch):
     x, mask = torch.randn(1, 128, 3000), torch.ones(1, 3000, dtype=torch.long)
-    monkeypatch.setattr(clips, "is_loaded", lambda: True)
+    monkeypatch.setattr(library, "is_loaded", lambda: True)
 
     def least(function) -> float:
         costs = []

@@ -162,6 +162,7 @@ def test_an_error_of_the_device_is_not_a_missing_backend(error, kind, monkeypatc
         mal_error=lambda _: ctypes.addressof(text), mal_momentum_scan_fwd=lambda _: error
     )
     monkeypatch.setattr(library, "load", lambda _: pretended)
+    monkeypatch.setattr(packing, "_layouts", {})  # of the real function, which has more fields
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
