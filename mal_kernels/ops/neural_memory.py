@@ -167,7 +167,7 @@ def neural_memory(
     """
     options = (chunk_size, step, activation, residual_norm, max_grad_norm)
     tokens = (q, k, v, lr, momentum, decay)
-    limits = _limits(*tokens, state, init, cu_seqlens, *options)
+    limits = _limits(tokens, state, init, cu_seqlens, options)
     lists = map(list, (state.weights, state.momentum, state.anchor or (), init or ()))
     fields: list[Any] = [*tokens, *lists, state.position, cu_seqlens, *options]
     name, _ = resolve(
@@ -182,22 +182,15 @@ def neural_memory(
 
 @once_per_kind
 def _limits(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
+    tokens: tuple[Any, ...],
     state: MemoryState,
     init: Sequence[Tensor] | None,
     cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-    step: str,
-    activation: str,
-    residual_norm: bool,
-    max_grad_norm: float | None,
+    options: tuple[Any, ...],
 ) -> dict[str, Any]:
     """Checks all but values; returns why backends cannot serve the call, by argument of resolve."""
+    chunk_size, step, activation, residual_norm, max_grad_norm = options
+    q, k, v, lr, momentum, decay = tokens
     check_tokens("k", k)
     check_tokens("v", v, like=k)
     if q is not None:
