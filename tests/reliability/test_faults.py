@@ -169,7 +169,7 @@ def test_interrupts_at_any_moment_of_turns_leave_nothing_and_change_no_answer(co
     found = interrupts(count, tmp_path / "calls")
     assert found.pop("interrupts") == count
     assert found.pop("turns") > count // 50
-    found.pop("swallowed_in_finalizers")  # of Python's own, where a Ctrl-C is lost
+    found.pop("swallowed_in_finalizers")  # where Python drops them, as in WeakSet's own
     assert not any(found.values()), found
 
 
