@@ -38,7 +38,10 @@ class Guards:
         self.said: set[type[MALWarning]] = set()
         self._watching: Any = None  # the handle, until there is a verdict
         self._has_verdict = False
-        self._strangers: Counter[int] = Counter()  # steps of optimizers without the memory, by id
+        self._turns = 0  # that build a graph
+        # of optimizers without the memory, by id: their steps with new turns, and turns before
+        self._strangers: Counter[int] = Counter()
+        self._turns_before: dict[int, int] = {}
         self._steps = 0  # of those that have it
         self._learned: set[str] = set()
         self._weights_looked_at = -1
@@ -46,6 +49,7 @@ class Guards:
     def turn(self, *, in_dialogue: bool, generating: bool) -> None:
         """Looks at a call of the host that has audio, before it runs."""
         if torch.is_grad_enabled() and not generating:
+            self._turns += 1
             self._watch()
         elif not in_dialogue and NoDialogueWarning not in self.said:
             self._look_at_weights()
@@ -129,6 +133,9 @@ class Guards:
             self.stop()
 
     def _knows_no_memory(self, optimizer: Optimizer, *, has_any: bool) -> None:
+        if self._turns_before.get(id(optimizer)) == self._turns:
+            return  # the gradients are of before: something else is trained now
+        self._turns_before[id(optimizer)] = self._turns
         remedy = (
             "The adapter is not part of the host: give mal.parameters() to the optimizer, or "
             "train get_peft_model(host, MALPeftConfig(...)) of mal_kernels.integrations.peft."

@@ -141,6 +141,17 @@ def test_steps_of_other_models_are_no_matter(host) -> None:
         optimizer.step()
 
 
+def test_gradients_of_before_are_no_matter(host) -> None:
+    mal = attached(host)
+    host(**turn(host)).loss.backward()  # and nobody steps
+    other = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(4):
+        other(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in mal.memory.to_out.parameters())
+
+
 def test_detaching_ends_the_watch(host) -> None:
     before = len(watchers)
     mal = attached(host)
