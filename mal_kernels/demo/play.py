@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from mal_kernels import NoDialogueWarning
 from mal_kernels.demo import small_host, synth
 
 if TYPE_CHECKING:
@@ -78,7 +80,9 @@ class Player:
 
     def answer_alone(self, waves: np.ndarray) -> np.ndarray:
         """The control: each of ``[N, CLIP_SAMPLES]`` is a dialogue of its own for the adapter."""
-        return self._answer(self.host.generate, small_host.prompt(self.processor, waves))[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoDialogueWarning)  # which is what is asked here
+            return self._answer(self.host.generate, small_host.prompt(self.processor, waves))[0]
 
     def _without_memory(self, inputs: BatchFeature, timings: int) -> tuple[np.ndarray, float]:
         with self.mal.disable_adapter():
