@@ -168,9 +168,11 @@ class DialogueTrainer(Trainer):  # type: ignore[misc]
             "eval_macro_f1": found["macro-F1"],
         }
         self.log(metrics)
-        trainer: Any = self
         self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, trainer.control, metrics
+            self.args,
+            self.state,
+            self.control,  # type: ignore[has-type]
+            metrics,
         )
         return metrics
 
