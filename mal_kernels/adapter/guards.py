@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakMethod
@@ -39,9 +38,8 @@ class Guards:
         self._watching: Any = None  # the handle, until there is a verdict
         self._has_verdict = False
         self._turns = 0  # that build a graph
-        # of optimizers without the memory, by id: their steps with new turns, and turns before
-        self._strangers: Counter[int] = Counter()
-        self._turns_before: dict[int, int] = {}
+        # of optimizers without the memory, by id: how many turns there had been at their steps
+        self._strangers: dict[int, set[int]] = {}
         self._steps = 0  # of those that have it
         self._learned: set[str] = set()
         self._weights_looked_at = -1
@@ -105,6 +103,10 @@ class Guards:
 
             self._watching = register_optimizer_step_pre_hook(hook)
 
+    def _end_watch(self) -> None:
+        self._has_verdict = True
+        self.stop()
+
     def _before_step(self, optimizer: Optimizer) -> None:
         trainable = {n: p for n, p in self.memory().named_parameters() if p.requires_grad}
         with_gradient = {name for name, p in trainable.items() if p.grad is not None}
@@ -128,14 +130,10 @@ class Guards:
                 "later turn of the same dialogue that reads it: call backward() after two or more "
                 "turns within one `with mal.dialogue(ids):`.",
             )
-        self._has_verdict = not missing or TrainingWarning in self.said
-        if self._has_verdict:
-            self.stop()
+        if not missing or TrainingWarning in self.said:
+            self._end_watch()
 
     def _knows_no_memory(self, optimizer: Optimizer, *, has_any: bool) -> None:
-        if self._turns_before.get(id(optimizer)) == self._turns:
-            return  # the gradients are of before: something else is trained now
-        self._turns_before[id(optimizer)] = self._turns
         remedy = (
             "The adapter is not part of the host: give mal.parameters() to the optimizer, or "
             "train get_peft_model(host, MALPeftConfig(...)) of mal_kernels.integrations.peft."
@@ -145,10 +143,13 @@ class Guards:
                 f"{type(optimizer).__name__} steps without a single parameter, so nothing can be "
                 f"learned; expected those of the memory, which have gradients. {remedy}"
             )
-        self._strangers[id(optimizer)] += 1
-        if self._strangers[id(optimizer)] >= STEPS:
+        # steps without a new turn count once: the gradients are of before
+        steps = self._strangers.setdefault(id(optimizer), set())
+        steps.add(self._turns)
+        if len(steps) >= STEPS:
             self._say(
                 TrainingWarning,
                 f"{type(optimizer).__name__} trains, but has none of the memory's parameters, "
                 f"whose gradients no optimizer uses. {remedy}",
             )
+            self._end_watch()

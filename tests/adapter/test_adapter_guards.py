@@ -84,8 +84,10 @@ def test_an_optimizer_of_something_else_is_named(host) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(host, optimizer)  # that of the memory may come next
+    watched = len(watchers)
     with pytest.warns(TrainingWarning, match=r"SGD trains.*none of the memory's parameters"):
         step(host, optimizer)
+    assert len(watchers) == watched - 1  # there is nothing more to say
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
