@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native.packing import BadValues
 from ..call import AlignedCall, schema
 from ..state import MemoryState, ReadParams
 from ._backend import cpu_limit, kernels, memory_limit, resolve
@@ -26,6 +25,7 @@ from ._check import (
     check_state_tensor,
     expect,
     is_float,
+    with_good_values,
 )
 from ._operator import Operator
 
@@ -36,13 +36,10 @@ def _run(*flat: Any) -> Tensor:
 
 
 def _computed(call: AlignedCall, backend: str, in_place: bool = False) -> Tensor:
-    if backend != "cpu":  # which checks them itself
-        _check_places(call)
-    try:
+    def run() -> Tensor:
         return kernels("aligned_residual_read", backend).aligned_fwd(call, in_place=in_place)
-    except BadValues:
-        _check_places(call)
-        raise
+
+    return with_good_values(backend, lambda: _check_places(call), run)
 
 
 def _check_places(call: AlignedCall) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native.packing import BadValues
 from ..call import ScanCall, schema, tensors_of
 from ..state import MemoryState, MomentumScan
 from ._backend import grid_limit, kernels, resolve
@@ -24,6 +23,7 @@ from ._check import (
     check_state_tensor,
     expect,
     is_float,
+    with_good_values,
 )
 from ._operator import Operator
 
@@ -31,14 +31,12 @@ from ._operator import Operator
 def _run(*flat: Any) -> tuple[Tensor, Tensor]:
     *fields, backend = flat
     call = ScanCall(*fields)
-    if backend != "cpu":  # which checks them itself
-        check_gates(None, call.momentum, call.decay)
-    check_bounds(call.cu_seqlens, call.update.shape[1])
-    try:
+
+    def run() -> tuple[Tensor, Tensor]:
+        check_bounds(call.cu_seqlens, call.update.shape[1])
         return kernels("momentum_scan", backend).scan_fwd(call)
-    except BadValues:
-        check_gates(None, call.momentum, call.decay)
-        raise
+
+    return with_good_values(backend, lambda: check_gates(None, call.momentum, call.decay), run)
 
 
 def _fake(update: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native.packing import BadValues
 from ..call import MemoryCall, n_chunks, schema, tensors_of
 from ..state import MemoryState, NeuralMemoryOutput
 from ._backend import cpu_limit, grid_limit, kernels, memory_limit, resolve
@@ -37,6 +36,7 @@ from ._check import (
     expect,
     is_float,
     once_per_kind,
+    with_good_values,
 )
 from ._operator import Operator
 
@@ -44,18 +44,16 @@ from ._operator import Operator
 def _run(*flat: Any) -> tuple[Any, ...]:
     *fields, backend = flat
     call = MemoryCall(*fields)
-    if backend != "cpu":  # which checks them itself
-        check_gates(call.lr, call.momentum, call.decay)
-    check_bounds(call.cu_seqlens, call.k.shape[1])
-    check_index("state.position", call.position, call.chunk_size)
-    if call.step == "chunk":
-        gates = dict(momentum=call.momentum, decay=call.decay)
-        check_chunk_gates(call.cu_seqlens, call.chunk_size, **gates)
-    try:
+
+    def run() -> tuple[Any, ...]:
+        check_bounds(call.cu_seqlens, call.k.shape[1])
+        check_index("state.position", call.position, call.chunk_size)
+        if call.step == "chunk":
+            gates = dict(momentum=call.momentum, decay=call.decay)
+            check_chunk_gates(call.cu_seqlens, call.chunk_size, **gates)
         return kernels("neural_memory", backend).memory_fwd(call)
-    except BadValues:
-        check_gates(call.lr, call.momentum, call.decay)
-        raise
+
+    return with_good_values(backend, lambda: check_gates(*call.tokens[3:]), run)
 
 
 def _fake(*flat: Any) -> tuple[Any, ...]:
