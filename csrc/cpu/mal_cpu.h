@@ -80,39 +80,17 @@ struct mal_cpu_aligned_residual_read_fwd_args {
 };
 MAL_API int mal_cpu_aligned_residual_read_fwd(const mal_cpu_aligned_residual_read_fwd_args*);
 
-// The recurrence of momentum and decay: see mal_momentum_scan_fwd_args of mal_kernels.h.
+// The recurrence of momentum and decay, and its gradients; those of gates are partial sums, one for
+// each block of 256 features.
 struct mal_cpu_momentum_scan_fwd_args {
-  int64_t dtype;  // of update
-  int64_t rows, T, H, F, threads;
-  const void* update;
-  const float* momentum;
-  const float* decay;
-  const float* weights0;
-  const float* trace0;
-  const int64_t* cu_seqlens;
-  float* weights;
-  float* trace;
+  mal_momentum_scan_fwd_args scan;  // without a stream; update may be MAL_FLOAT32 too
+  int64_t threads;
 };
 MAL_API int mal_cpu_momentum_scan_fwd(const mal_cpu_momentum_scan_fwd_args*);
 
-// Gradients of gates are partial sums, one for each block of 256 features.
 struct mal_cpu_momentum_scan_bwd_args {
-  int64_t dtype;
-  int64_t rows, T, H, F, tokens, threads;  // tokens: B * T
-  const float* d_weights;
-  const float* d_trace;
-  const float* weights;
-  const float* trace;
-  const float* momentum;
-  const float* decay;
-  const float* weights0;
-  const float* trace0;
-  const int64_t* cu_seqlens;
-  void* d_update;
-  float* d_momentum;  // [ceil(F / 256), B, T, H], or null
-  float* d_decay;
-  float* d_weights0;  // [rows, H, F], or null
-  float* d_trace0;
+  mal_momentum_scan_bwd_args scan;
+  int64_t threads;
 };
 MAL_API int mal_cpu_momentum_scan_bwd(const mal_cpu_momentum_scan_bwd_args*);
 

@@ -45,10 +45,10 @@ inline void start(const float* from, const Stripe& s, float* to) {
 
 MAL_API int mal_cpu_momentum_scan_fwd(const mal_cpu_momentum_scan_fwd_args* args) {
   using namespace mal;
-  const auto& c = *args;
+  const auto& c = args->scan;
   const long gates = (c.cu_seqlens ? c.T : c.rows * c.T) * c.H;
   if (!within(c.momentum, gates, 1) || !within(c.decay, gates, 1)) return MAL_CPU_GATES;
-  return each_stripe(c, c.threads, [&](const Stripe& s, float* scratch) {
+  return each_stripe(c, args->threads, [&](const Stripe& s, float* scratch) {
     float *W = scratch, *S = W + BLOCK, *u = S + BLOCK;
     start(c.weights0, s, W);
     start(c.trace0, s, S);
@@ -70,8 +70,8 @@ MAL_API int mal_cpu_momentum_scan_fwd(const mal_cpu_momentum_scan_fwd_args* args
 // is the token after; dη = <dS, S before>, da = <dW, W before>.
 MAL_API int mal_cpu_momentum_scan_bwd(const mal_cpu_momentum_scan_bwd_args* args) {
   using namespace mal;
-  const auto& c = *args;
-  return each_stripe(c, c.threads, [&](const Stripe& s, float* scratch) {
+  const auto& c = args->scan;
+  return each_stripe(c, args->threads, [&](const Stripe& s, float* scratch) {
     float *dW = scratch, *dS = dW + BLOCK, *W0 = dS + BLOCK, *S0 = W0 + BLOCK;
     memset(dW, 0, 4 * BLOCK), memset(dS, 0, 4 * BLOCK);
     start(c.weights0, s, W0);

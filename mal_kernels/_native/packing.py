@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..call import MemoryCall, ScanCall, n_chunks
+from ..call import MemoryCall, n_chunks
 
 Fields: TypeAlias = dict[str, Tensor | int | float | None]
 
@@ -87,24 +87,3 @@ def state_fields(name: str, tensors: list[Tensor], residual_norm: bool) -> Field
     *layers, gain = [x.contiguous() for x in tensors] + [None] * (not residual_norm or not tensors)
     first, last = ([None] * 2 + layers)[-2:]
     return {f"{name}_first": first, f"{name}_last": last, f"{name}_gain": gain}
-
-
-def scan_sizes(call: ScanCall) -> Fields:
-    """The first fields of a scan."""
-    batch, tokens, heads, *features = call.update.shape
-    rows = batch if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    size = torch.Size(features).numel()
-    return dict(dtype=DTYPES[call.update.dtype], rows=rows, T=tokens, H=heads, F=size)
-
-
-def scan_gates(call: ScanCall) -> Fields:
-    """The fields of a scan from its gates to ``cu_seqlens``."""
-    _, momentum, decay, state, cu_seqlens = call
-    weights0, trace0 = (x.contiguous() for x in state) if state else (None, None)
-    return dict(
-        momentum=None if momentum is None else momentum.float().contiguous(),
-        decay=None if decay is None else decay.float().contiguous(),
-        weights0=weights0,
-        trace0=trace0,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.long().contiguous(),
-    )
