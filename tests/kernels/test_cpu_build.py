@@ -17,6 +17,7 @@ from mal_kernels import BackendUnavailable, ops
 from mal_kernels._cpu import build, library
 from mal_kernels._native.build import BuildError, cache_folder
 from mal_kernels.testing import make_inputs
+from tests.support.process import run_python
 
 ROOT = Path(__file__).parents[2]
 PRETENDER = """#!{python}
@@ -173,10 +174,7 @@ def test_nothing_is_loaded_at_import_nor_by_another_backend():
         "ops.neural_memory(x, x, x, gate, gate, gate, state, backend='reference');"
         "print([m for m in sys.modules if m.startswith('mal_kernels._cpu')])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert run_python(code).strip() == "[]"
 
 
 def test_one_runtime_of_openmp_is_loaded():
@@ -189,10 +187,7 @@ def test_one_runtime_of_openmp_is_loaded():
         "maps = open('/proc/self/maps').read().splitlines();"
         "print(len({line.split()[-1] for line in maps if 'gomp' in line}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "1"
+    assert run_python(code).strip() == "1"
 
 
 @pytest.mark.slow

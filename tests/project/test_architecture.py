@@ -6,12 +6,13 @@ import ast
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.process import run_python
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mal_kernels"
@@ -105,12 +106,6 @@ def test_what_lies_beside_the_package_imports_what_it_may(folder):
             if root == "tests":
                 # what two files share is in support; a run at length is the subject of its test
                 assert rest[0] in {"support", "reliability", "ser", "gpu"}, f"{where}: {module}"
-
-
-def run_python(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
 
 
 def test_import_loads_torch_only():

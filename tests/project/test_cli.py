@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +7,7 @@ from typer.testing import CliRunner
 from mal_kernels import __version__, ops
 from mal_kernels._cuda import build
 from mal_kernels.cli import app
+from tests.support.process import run_python
 
 
 def invoke(*arguments: str):
@@ -88,10 +87,7 @@ def test_help(command):
 
 def test_help_does_not_load_the_demo():
     code = "import sys, json, mal_kernels.cli; print(json.dumps(list(sys.modules)))"
-    output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
-    loaded = set(json.loads(output.stdout))
+    loaded = set(json.loads(run_python(code)))
     assert not loaded & {"transformers", "matplotlib", "soundfile", "mal_kernels.demo.show"}
 
 
