@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextvars import copy_context
 
@@ -13,6 +12,7 @@ from mal_kernels.adapter import scope as scopes
 from mal_kernels.errors import ArgumentError, HostError, StoreError
 from mal_kernels.testing import tiny_host, tiny_inputs
 from tests.support.adapters import attached
+from tests.support.interrupts import interrupted_at
 
 
 def turns(mal, *names):
@@ -79,30 +79,6 @@ def test_another_dialogue_inside_a_turn_is_refused(host):
     handle.remove()
     assert turns(mal, "a", "b") == [0, 0]
     assert_nothing_is_left(mal)
-
-
-def interrupted_at(line: int, function, where) -> bool:
-    """Whether ``function`` reached that many lines of ``where``, and was interrupted there."""
-    count = 0
-
-    def local(_frame, event, _arg):
-        nonlocal count
-        count += event == "line"
-        if count == line and event == "line":
-            raise KeyboardInterrupt
-        return local
-
-    def watched(frame, *_):
-        return local if any(part in frame.f_code.co_filename for part in where) else None
-
-    sys.settrace(watched)
-    try:
-        function()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return count >= line
 
 
 SHORT = 29, ["mal_kernels/adapter/"]

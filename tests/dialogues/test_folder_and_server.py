@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import stat
-import sys
 import threading
 import time
 from functools import partial
@@ -19,6 +18,7 @@ from mal_kernels.errors import ArgumentError, StoreError
 from mal_kernels.store import Change, DirectoryStore, RedisStore
 from tests.reliability.soak import forked
 from tests.support.dialogues import new_store, snapshot
+from tests.support.interrupts import interrupted_at
 
 # --- a folder -------------------------------------------------------------------------------------
 
@@ -130,26 +130,8 @@ class Looked:
         return 0.01
 
 
-def interrupted_at(instruction: int, function) -> bool:
-    """Whether ``function`` got as far as that many instructions, where it was interrupted."""
-    count = 0
-
-    def local(frame, event, _arg):
-        nonlocal count
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        if count == instruction and event == "opcode":
-            raise KeyboardInterrupt
-        return local
-
-    sys.settrace(local)
-    try:
-        function()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
+# of what a turn calls there, and of what that calls
+WATCHED = ("mal_kernels/", "threading.py", "queue.py", "weakref.py")
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -159,7 +141,7 @@ def test_an_interrupt_anywhere_in_a_call_of_the_thread_does_not_stop_it(begun):
         expiry, first, second = Expiry(), Looked(), Looked()
         if begun:
             expiry.watch(first)
-        went_on = interrupted_at(instruction, partial(expiry.watch, second))
+        went_on = interrupted_at(instruction, partial(expiry.watch, second), WATCHED, "opcode")
         caller = threading.Thread(target=expiry.watch, args=(second,), daemon=True)
         caller.start()
         caller.join(30)
